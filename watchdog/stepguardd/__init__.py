@@ -1,0 +1,1 @@
+"""The Stepguard daemon, its command line and its web page."""
