@@ -1,0 +1,65 @@
+"""
+The stable codes that say why: one closed enum for verdicts, commands, incidents and alerts.
+
+It promises that a code, once released, keeps its meaning and its spelling: journals, reports, the gate page
+and people's alert rules refer to them. A code names a cause or an observation, never an action. Adding a
+member is free; renaming or reusing one is not. What a person should do about a code stands in the diagnosis
+and in docs/detection.md, not here.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+__all__ = ["Reason"]
+
+
+class Reason(StrEnum):
+    """
+    Why the daemon thinks what it thinks. The value is what is stored and shown.
+    """
+
+    OK = "ok"
+
+    # --- The reward stream (core/reward)
+    REWARD_COLLAPSE = "reward_collapse"
+    """The reward lies at a floor (0, -1 or any other constant) or next to it, far below its baseline."""
+    REWARD_PARTIAL_LOSS = "reward_partial_loss"
+    """A share of the reward is gone and a second witness says that rollouts fail."""
+    REWARD_LEVEL_FALL = "reward_level_fall"
+    """The reward fell to a new level. Partial loss or a curriculum switch: the reward alone cannot tell."""
+    REWARD_START_LEVEL = "reward_start_level"
+    """The reward fell to the level of the run's first steps: a server probably serves the base weights."""
+    REWARD_DECAY = "reward_decay"
+    """The reward falls steadily, step after step, towards nothing."""
+    REWARD_STUCK = "reward_stuck"
+    """The very same number again and again although the rollouts vary."""
+    REWARD_NOT_FINITE = "reward_not_finite"
+    """The reward is NaN or infinite."""
+    REWARD_MISSING = "reward_missing"
+    """No reward for too long: no row, or rows without a value."""
+    REWARD_VARIANCE_COLLAPSE = "reward_variance_collapse"
+    """All rollouts of a step get (nearly) the same score, away from the best possible one."""
+    ZERO_STREAK = "zero_streak"
+    """The user's plain rule: so many steps of exactly zero in a row."""
+    MIN_REWARD = "min_reward"
+    """The user's plain rule: the reward is below `min_reward`."""
+    SECOND_WITNESS = "second_witness"
+    """A server, the guard's counts or the log-probabilities confirm a fall that the reward alone leaves open."""
+
+    # --- The other metrics of a step
+    LOSS_NOT_FINITE = "loss_not_finite"
+    GRAD_NOT_FINITE = "grad_not_finite"
+    ABORTED_RATIO = "aborted_ratio"
+    """More rollouts than usual are aborted or fail."""
+    LOGPROB_MISMATCH = "logprob_mismatch"
+    """Trainer and server disagree about log-probabilities more than usual: the server's weights are suspect."""
+    ENTROPY_SHIFT = "entropy_shift"
+    KL_SHIFT = "kl_shift"
+    LENGTH_SHIFT = "length_shift"
+    CLIP_RATIO_SHIFT = "clip_ratio_shift"
+
+    # --- A batch refused by the guard's local fuse
+    FAILED_FRACTION = "failed_fraction"
+    STALE_WEIGHTS = "stale_weights"
+    NO_GROUP = "no_group"
