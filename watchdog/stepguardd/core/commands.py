@@ -1,0 +1,87 @@
+"""
+What the core wants done: a closed union of frozen values.
+
+A command with an `intent` is an effect: journalled before it is begun, ended by an `EffectEnded` of the
+same intent.
+Effects are written as *ensure*: each looks at the world first and does only what is missing, so the same
+intent may be carried out again after a crash of the daemon.
+"""
+
+from dataclasses import dataclass
+
+from .events import Proc
+from .state import Gate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishGate:
+    """Write this on the gate page, before anything else. Idempotent, so it needs no intent."""
+
+    gate: Gate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContinueServer:
+    """Send SIGCONT to the stopped processes of a server."""
+
+    intent: str
+    server: str
+    procs: tuple[Proc, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopServer:
+    """End a server's whole tree, TERM then KILL, and see its port free."""
+
+    intent: str
+    server: str
+    procs: tuple[Proc, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartServer:
+    """Start a server. The process carries the intent, so that it is found again and never started twice."""
+
+    intent: str
+    server: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunCanary:
+    """See that a server generates: a few concurrent requests of in-vocabulary ids, all of them answered."""
+
+    intent: str
+    server: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PushWeights:
+    """Load the trainer's current weights from disk into a server, and see that it says so."""
+
+    intent: str
+    server: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FindCheckpoint:
+    """Find the newest checkpoint before a step that vets good."""
+
+    intent: str
+    before_step: int
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notify:
+    """Tell people, and keep it in the incident's record."""
+
+    incident: int | None
+    what: str
+    reason: str
+    text: str
+
+
+Effect = ContinueServer | StopServer | StartServer | RunCanary | PushWeights | FindCheckpoint
+Command = PublishGate | Notify | Effect

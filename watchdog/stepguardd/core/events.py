@@ -1,0 +1,222 @@
+"""
+What the world told the daemon: a closed union of frozen values.
+
+Sources make events, `decide` consumes them, the journal keeps them.
+Nothing here is computed from anything else, and what a source could not learn is `None`, never 0.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Answer(Enum):
+    """How one request to a server ended."""
+
+    OK = "ok"
+    UNAVAILABLE = "unavailable"  # it answered, and said no (503)
+    REFUSED = "refused"  # nothing listens
+    TIMEOUT = "timeout"
+    BROKEN = "broken"  # cut off, oversized or not what it should be
+    NOT_OFFERED = "not_offered"  # 404: this server has no such endpoint
+    UNKNOWN = "unknown"  # not asked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proc:
+    """One process of a server's tree. The start time, in clock ticks since boot, rules out a reused pid."""
+
+    pid: int
+    start_ticks: int
+    role: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DaemonStarted:
+    """The daemon came up, with a fresh state or its journal's. `gate_order` is what the page says."""
+
+    gate_order: str
+    gate_generation: int
+    judged_batch: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TreeSeen:
+    """A server's live processes, the parent first; empty when there is none. Zombies are not live."""
+
+    server: str
+    procs: tuple[Proc, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessExited:
+    """A process of a server's tree ended. The code is known for the daemon's own children alone."""
+
+    server: str
+    proc: Proc
+    code: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TreeSampled:
+    """What /proc says of a live tree: its stopped pids, and the CPU seconds that all have used together."""
+
+    server: str
+    stopped: tuple[int, ...]
+    cpu_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerProbed:
+    """One round of the cheap endpoints. All of them answer with a frozen scheduler: they prove no life."""
+
+    server: str
+    ready: Answer = Answer.UNKNOWN
+    model_info: Answer = Answer.UNKNOWN
+    metrics: Answer = Answer.UNKNOWN
+    weight_version: str | None = None
+    running: int | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerProbed:
+    """A request that needs the scheduler (`/server_info`): answered while paused, hangs when frozen."""
+
+    server: str
+    answer: Answer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerSeen:
+    """The trainer's half of the gate page, read at an interval."""
+
+    pid: int
+    attempt: int
+    step: int | None
+    phase: str
+    beats: int
+    progress: int
+    acked_generation: int
+    weight_version: str | None
+    handles_resync: bool
+    handles_rollback: bool
+    handles_save: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerExited:
+    """The training process ended."""
+
+    pid: int
+    code: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchReported:
+    """
+    The guard admits a batch and waits for the verdict on it.
+
+    `refused` is the guard's own local verdict; `began` is when the batch's first rollout may have been sent.
+    """
+
+    attempt: int
+    step: int
+    batch: int
+    ok: int
+    failed: int
+    reward: float | None
+    reward_std: float | None = None
+    reward_min: float | None = None
+    reward_max: float | None = None
+    stale: int = 0
+    refused: str | None = None
+    began: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCommitted:
+    """An optimizer step was taken."""
+
+    attempt: int
+    step: int
+    reward: float | None = None
+    weight_version: str | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointSaved:
+    """The trainer finished a checkpoint."""
+
+    attempt: int
+    step: int
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OrderAcknowledged:
+    """The trainer obeyed an order of this generation, or tried and failed."""
+
+    generation: int
+    order: str
+    ok: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardLogged:
+    """One step of a logged reward stream (W&B and others): late, so it never refuses a batch."""
+
+    step: int
+    reward: float | None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EffectEnded:
+    """A command with this intent was carried out, or could not be."""
+
+    intent: str
+    ok: bool
+    detail: str = ""
+    procs: tuple[Proc, ...] = ()
+    target_step: int | None = None
+    target_path: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OperatorAsked:
+    """A person asked for something, by name and with a reason."""
+
+    verb: str
+    who: str
+    why: str
+    server: str | None = None
+    before_step: int | None = None
+    mode: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tick:
+    """Time passed. Every timeout of the core is looked at here."""
+
+
+Event = (
+    DaemonStarted
+    | TreeSeen
+    | ProcessExited
+    | TreeSampled
+    | ServerProbed
+    | SchedulerProbed
+    | TrainerSeen
+    | TrainerExited
+    | BatchReported
+    | StepCommitted
+    | CheckpointSaved
+    | OrderAcknowledged
+    | RewardLogged
+    | EffectEnded
+    | OperatorAsked
+    | Tick
+)

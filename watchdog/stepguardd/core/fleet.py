@@ -1,0 +1,173 @@
+"""
+What the evidence on one server comes to.
+
+Each function takes a server and one piece of evidence and gives the server with that evidence in it, and
+what it is suspected of.
+A suspicion holds the run; whether anything is killed for it is the recovery's business.
+
+The endpoints that answer without the scheduler (`/ready`, `/model_info`, `/metrics`) can only speak
+against a server, never for it: they answer 200 with a frozen scheduler.
+"""
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from .events import Answer, Proc, ProcessExited, SchedulerProbed, ServerProbed, TreeSampled
+from .reasons import Reason
+from .state import Server, ServerState, Settings, Trainer
+
+FAILED_PROBES = 3
+STALE_PROBES = 2
+
+
+class Remedy(Enum):
+    """What a suspicion asks for."""
+
+    RESTART = "restart"  # it is dead
+    CONTINUE = "continue"  # it is stopped: SIGCONT first
+    WATCH = "watch"  # hold; restart only if it lasts
+    RESYNC = "resync"  # it lives, with the wrong weights
+    VERIFY = "verify"  # a dead one came back: prove it before it serves
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suspicion:
+    """What a server is suspected of, and what that asks for."""
+
+    reason: Reason
+    remedy: Remedy
+
+
+Judged = tuple[Server, Suspicion | None]
+
+
+def tree_seen(server: Server, procs: tuple[Proc, ...]) -> Judged:
+    """The live processes of a server: none where there were some is a death nobody saw."""
+    had, server = server.procs, replace(server, procs=procs, seen=True)
+    if procs:
+        back = server.state is ServerState.DEAD and server.repair is None
+        return server, Suspicion(reason=Reason.SERVER_RETURNED, remedy=Remedy.VERIFY) if back else None
+    if had and server.state is not ServerState.DEAD:
+        return server, Suspicion(reason=Reason.SERVER_DIED, remedy=Remedy.RESTART)
+    return server, None
+
+
+def process_exited(server: Server, event: ProcessExited) -> Judged:
+    """
+    One process of the tree is gone, and with it the server.
+
+    SGLang's parent outlives a dead child by 5 to 67 s as a black hole; nothing is gained by waiting for it.
+    The dead process stays in `procs`, for the stop to see it gone.
+    """
+    if event.proc not in server.procs:
+        return server, None
+    return server, Suspicion(reason=Reason.SERVER_DIED, remedy=Remedy.RESTART)
+
+
+def sampled(server: Server, event: TreeSampled, now: float) -> Judged:
+    """Stopped in two samples running is stopped; a debugger's short stop is not."""
+    lasting = set(event.stopped) & set(server.stopped)
+    moved = server.cpu_s is None or event.cpu_s - server.cpu_s >= 0.02
+    server = replace(
+        server,
+        stopped=event.stopped,
+        cpu_s=event.cpu_s if moved else server.cpu_s,
+        cpu_at=now if moved else server.cpu_at,
+    )
+    if lasting:
+        return server, Suspicion(reason=Reason.SERVER_STOPPED, remedy=Remedy.CONTINUE)
+    return server, None
+
+
+def probed(server: Server, event: ServerProbed, trainer: Trainer, settings: Settings, now: float) -> Judged:
+    """One round of cheap endpoints."""
+    answers = (event.ready, event.model_info)
+    failed = all(a in {Answer.REFUSED, Answer.TIMEOUT, Answer.BROKEN} for a in answers)
+    tokens_moved = event.tokens is not None and event.tokens != server.tokens
+    idle = event.running == 0
+    server = replace(
+        server,
+        seen=True,
+        failed_probes=server.failed_probes + 1 if failed else 0,
+        running=event.running,
+        tokens=event.tokens,
+        tokens_at=now if tokens_moved or idle or server.tokens_at is None else server.tokens_at,
+        weight_version=event.weight_version if event.model_info is Answer.OK else server.weight_version,
+    )
+    server = _planned(server, event, now)
+    if server.failed_probes >= FAILED_PROBES:
+        return server, Suspicion(reason=Reason.SERVER_UNREACHABLE, remedy=Remedy.WATCH)
+    return _stale(server, trainer, settings, now)
+
+
+def _planned(server: Server, event: ServerProbed, now: float) -> Server:
+    """`/ready` says no and the rest answers: paused, draining or updating, not dead."""
+    unready = event.ready is Answer.UNAVAILABLE and event.model_info is Answer.OK
+    if unready and server.state is ServerState.SERVING:
+        return server.move(ServerState.PLANNED, now, Reason.SERVER_PAUSED)
+    if server.state is ServerState.PLANNED and event.ready is Answer.OK:
+        return server.move(ServerState.SERVING, now, None)
+    return server
+
+
+def _stale(server: Server, trainer: Trainer, settings: Settings, now: float) -> Judged:
+    """
+    Another version than the trainer's, during its rollouts, and not just for the moment of an update.
+
+    Several pieces have to agree: the trainer is generating, its own version is older than two rounds, and two
+    rounds running saw the difference.
+    """
+    wrong = (
+        server.state is ServerState.SERVING
+        and trainer.phase == "ROLLOUT"
+        and trainer.version_at is not None
+        and now - trainer.version_at > 2 * settings.interval_s
+        and not current(server.weight_version, trainer.weight_version, settings.max_staleness)
+    )
+    server = replace(server, stale_probes=server.stale_probes + 1 if wrong else 0)
+    if server.stale_probes >= STALE_PROBES:
+        return server, Suspicion(reason=Reason.WEIGHTS_STALE, remedy=Remedy.RESYNC)
+    return server, None
+
+
+def current(served: str | None, held: str | None, max_staleness: int) -> bool:
+    """Whether a served weight version may stand for the one that the trainer holds. Unknown may."""
+    if served is None or held is None or served == held:
+        return True
+    if max_staleness and served.isdecimal() and held.isdecimal():
+        return 0 <= int(held) - int(served) <= max_staleness
+    return False
+
+
+def scheduler_probed(server: Server, event: SchedulerProbed) -> Judged:
+    """A request through the scheduler went unanswered: paused servers answer it, frozen ones do not."""
+    if event.answer is Answer.TIMEOUT:
+        return server, Suspicion(reason=Reason.SERVER_HUNG, remedy=Remedy.WATCH)
+    return server, None
+
+
+def ticked(server: Server, settings: Settings, now: float) -> Judged:
+    """
+    What only time can tell: requests run and no token comes.
+
+    With no CPU used either it is a deadlock; a busy CPU may be a long prefill, so that takes longer.
+    """
+    if server.state is ServerState.PLANNED and now - server.since > settings.planned_lease_s:
+        return server, Suspicion(reason=Reason.PAUSED_TOO_LONG, remedy=Remedy.WATCH)
+    if server.state is not ServerState.SERVING or not server.running or server.tokens_at is None:
+        return server, None
+    still_s = now - server.tokens_at
+    idle_s = 0.0 if server.cpu_at is None else now - server.cpu_at
+    if min(still_s, idle_s) > settings.deadlock_after_s:
+        return server, Suspicion(reason=Reason.SERVER_HUNG, remedy=Remedy.WATCH)
+    if still_s > settings.spin_after_s:
+        return server, Suspicion(reason=Reason.SERVER_SPINNING, remedy=Remedy.WATCH)
+    return server, None
+
+
+def well(server: Server, settings: Settings, now: float) -> bool:
+    """Whether nothing soft speaks against it any more."""
+    quiet = not server.running or (
+        server.tokens_at is not None and now - server.tokens_at <= 2 * settings.interval_s
+    )
+    return not server.stopped and server.failed_probes == 0 and quiet

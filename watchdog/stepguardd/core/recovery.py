@@ -1,0 +1,405 @@
+"""
+The repair of one server, stage by stage.
+
+    CONTINUE ──▶ CANARY                     a stopped process, if SIGCONT helps
+    WATCH ─────▶ CANARY | STOP              soft evidence: gone again, or lasting
+    STOP ─▶ BACKOFF ─▶ START ─▶ READY ─▶ CANARY ─▶ WEIGHTS ─▶ serving
+
+A stage is left by the outcome of its effect, by evidence, or by its timeout; each wait ends in the next
+stage, in another restart within the budget, or in a lockout.
+A server that comes back, by whoever's hand, passes CANARY and WEIGHTS before it counts again: a restarted
+server answers every probe and serves the base model.
+"""
+
+from dataclasses import replace
+
+from . import budget
+from .commands import ContinueServer, PushWeights, RunCanary, StartServer, StopServer
+from .events import Answer, EffectEnded, OrderAcknowledged, ServerProbed, TreeSampled
+from .fleet import Remedy, Suspicion, current, well
+from .reasons import Reason
+from .state import Lockout, Mode, Repair, Server, ServerState, Stage
+from .turn import Turn
+
+
+def suspect(turn: Turn, server: Server, suspicion: Suspicion) -> None:
+    """Act on a suspicion, unless the repair under way already covers it."""
+    turn.put(server)
+    match suspicion.remedy:
+        case Remedy.RESTART:
+            _died(turn, server, suspicion.reason)
+        case Remedy.CONTINUE:
+            _stopped(turn, server, suspicion.reason)
+        case Remedy.WATCH:
+            if server.repair is None and server.state is not ServerState.DEAD:
+                _enter(turn, server, suspicion.reason, Stage.WATCH, ServerState.SUSPECT)
+        case Remedy.RESYNC:
+            if server.repair is None:
+                _weights(turn, _begun(turn, server, suspicion.reason, Stage.WEIGHTS, ServerState.STALE))
+        case Remedy.VERIFY:
+            if server.repair is None:
+                server = server if server.state is not ServerState.DEAD else _returned(turn, server)
+                _enter(turn, server, suspicion.reason, Stage.READY, server.state)
+
+
+def verify(turn: Turn, server: Server, reason: Reason) -> None:
+    """Look at a server that nothing speaks against: does it generate, with the right weights?"""
+    if server.repair is None and server.state in {ServerState.SERVING, ServerState.SUSPECT}:
+        _canary(turn, _begun(turn, server, reason, Stage.CANARY, ServerState.SUSPECT))
+
+
+def start_first(turn: Turn, server: Server) -> None:
+    """The server's first start: nothing was lost, so no budget is spent and no incident told."""
+    _start(turn, _begun(turn, server, Reason.SERVER_STARTING, Stage.START, ServerState.STARTING))
+
+
+def restart(turn: Turn, server: Server, reason: Reason) -> None:
+    """End the server's tree and start it anew, if the budget allows."""
+    settings, now = turn.state.settings, turn.now
+    if not server.managed:
+        turn.note("call", reason, f"{server.name} is not ours to restart: {reason.value}")
+        _enter(turn, server, reason, Stage.WATCH, server.state)
+        return
+    if (
+        budget.left(server.budget, now=now, limit=settings.restart_budget, window_s=settings.restart_window_s)
+        < 1
+    ):
+        lock_out(turn, server, Reason.RESTART_BUDGET_SPENT)
+        return
+    spent = budget.spend(
+        server.budget, now=now, limit=settings.restart_budget, window_s=settings.restart_window_s
+    )
+    server = replace(server, budget=spent, restarts=server.restarts + 1)
+    repair = Repair(
+        cause=reason, stage=Stage.STOP, since=now, began=now, intent=turn.intent("stop"), restarts=True
+    )
+    server = replace(server, repair=repair).move(ServerState.RESTARTING, now, reason)
+    turn.put(server)
+    turn.count(restarts=1)
+    turn.note("action", reason, f"restarting {server.name}: {reason.value}")
+    assert repair.intent is not None
+    turn.commands.append(StopServer(intent=repair.intent, server=server.name, procs=server.procs))
+
+
+def lock_out(turn: Turn, server: Server | None, reason: Reason) -> None:
+    """Nothing is left to try: hold, and call a person."""
+    if server is not None:
+        turn.put(replace(server, repair=None))
+    if turn.state.lockout is None:
+        turn.state = replace(turn.state, lockout=Lockout(reason=reason, since=turn.now))
+        turn.note("locked_out", reason, f"locked out: {reason.value}; a person has to decide")
+
+
+def accept(turn: Turn, server: Server) -> None:
+    """A person takes a server as it is: alive, whatever speaks against it."""
+    soft = {Stage.CONTINUE, Stage.WATCH, Stage.CANARY, Stage.WEIGHTS}
+    alive = server.state in {ServerState.SUSPECT, ServerState.STALE}
+    if alive and (server.repair is None or server.repair.stage in soft):
+        turn.put(replace(server, repair=None).move(ServerState.SERVING, turn.now, None))
+
+
+def effect_ended(turn: Turn, server: Server, event: EffectEnded) -> None:
+    """The outcome of the effect that the repair waits for; any other outcome is out of date."""
+    repair = server.repair
+    if repair is None or repair.intent != event.intent:
+        return
+    match repair.stage:
+        case Stage.CONTINUE:
+            turn.put(replace(server, repair=replace(repair, intent=None, changed=repair.changed or event.ok)))
+        case Stage.STOP:
+            _stop_ended(turn, server, repair, event)
+        case Stage.START:
+            _start_ended(turn, server, repair, event)
+        case Stage.CANARY:
+            _canary_ended(turn, server, repair, event)
+        case Stage.WEIGHTS:
+            _push_ended(turn, server, repair, event)
+        case Stage.WATCH | Stage.BACKOFF | Stage.READY:
+            pass
+
+
+def probed(turn: Turn, server: Server, event: ServerProbed) -> None:
+    """A round of probes may end READY, or prove the weights after a re-sync."""
+    repair = server.repair
+    if repair is None:
+        return
+    up = event.model_info is Answer.OK and event.ready in {Answer.OK, Answer.NOT_OFFERED}
+    if repair.stage is Stage.READY and up and (server.procs or not server.managed):
+        _canary(turn, server)
+    elif repair.stage is Stage.WEIGHTS and repair.intent is None:
+        _weights(turn, server)
+
+
+def sampled(turn: Turn, server: Server, event: TreeSampled) -> None:
+    """A tree that runs again, after SIGCONT or by itself, is proven before it serves."""
+    repair = server.repair
+    if repair is not None and repair.stage is Stage.CONTINUE and not event.stopped and repair.intent is None:
+        _canary(turn, server)
+
+
+def acknowledged(turn: Turn, server: Server, event: OrderAcknowledged) -> None:
+    """The trainer answered a RESYNC: where a version is offered, the next probe has the last word."""
+    repair = server.repair
+    if repair is None or repair.resync_generation is None or event.generation < repair.resync_generation:
+        return
+    if event.order != "RESYNC":
+        return
+    if not event.ok:
+        lock_out(turn, server, Reason.RESYNC_FAILED)
+        return
+    repair = replace(repair, resync_generation=None, changed=True, resynced_at=turn.now)
+    server = replace(server, repair=repair)
+    turn.put(server)
+    turn.count(resyncs=1)
+    turn.note("action", repair.cause, f"weights of {server.name} re-synced by the trainer")
+    if server.weight_version is None or turn.state.trainer.weight_version is None:
+        _serve(turn, server)
+
+
+def ticked(turn: Turn, server: Server) -> None:
+    """The timeouts of each stage."""
+    repair, settings = server.repair, turn.state.settings
+    if repair is None:
+        return
+    waited_s = turn.now - repair.since
+    match repair.stage:
+        case Stage.CONTINUE:
+            if waited_s > settings.cont_grace_s:
+                _enter(turn, server, repair.cause, Stage.WATCH, ServerState.SUSPECT)
+        case Stage.WATCH:
+            _watch(turn, server, repair)
+        case Stage.STOP:
+            if waited_s > 4 * settings.stop_timeout_s:
+                lock_out(turn, server, Reason.STOP_FAILED)
+        case Stage.BACKOFF:
+            if waited_s >= _wait_s(turn, server):
+                _start(turn, server)
+        case Stage.START | Stage.READY:
+            if waited_s > settings.start_timeout_s:
+                _failed(turn, server, Reason.START_FAILED)
+        case Stage.CANARY:
+            if repair.intent is None:
+                _canary(turn, server)
+            elif waited_s > 2 * settings.canary_timeout_s:
+                _failed(turn, server, Reason.CANARY_FAILED)
+        case Stage.WEIGHTS:
+            if waited_s > settings.resync_timeout_s and turn.may_act(repair.cause):
+                lock_out(turn, server, Reason.WEIGHTS_UNPROVEN)
+            elif repair.intent is None and repair.resync_generation is None:
+                _weights(turn, server)
+
+
+def _died(turn: Turn, server: Server, reason: Reason) -> None:
+    repair = server.repair
+    if repair is not None and repair.stage in {Stage.STOP, Stage.BACKOFF, Stage.START}:
+        return  # it is being restarted: what ends now is the old tree
+    server = replace(server, repair=None)
+    if server.state is ServerState.DEAD:
+        turn.put(server)
+        return
+    server = server.move(ServerState.DEAD, turn.now, reason)
+    turn.put(server)
+    if server.managed and turn.may_act(repair.cause if repair is not None else reason):
+        restart(turn, server, reason)
+
+
+def _stopped(turn: Turn, server: Server, reason: Reason) -> None:
+    if server.repair is not None and server.repair.stage not in {Stage.CANARY, Stage.READY, Stage.WEIGHTS}:
+        return
+    if not turn.may_act(reason):
+        if server.repair is None:
+            _enter(turn, server, reason, Stage.WATCH, ServerState.SUSPECT)
+        return
+    server = _begun(turn, server, reason, Stage.CONTINUE, ServerState.SUSPECT)
+    intent = turn.intent("continue")
+    assert server.repair is not None
+    server = replace(server, repair=replace(server.repair, intent=intent))
+    turn.put(server)
+    turn.note("action", reason, f"{server.name} is stopped: sending SIGCONT")
+    procs = tuple(proc for proc in server.procs if proc.pid in server.stopped)
+    turn.commands.append(ContinueServer(intent=intent, server=server.name, procs=procs))
+
+
+def _watch(turn: Turn, server: Server, repair: Repair) -> None:
+    settings = turn.state.settings
+    if server.state is ServerState.DEAD:
+        return
+    if well(server, settings, turn.now):
+        _canary(turn, _begun(turn, server, repair.cause, Stage.CANARY, server.state))
+    elif turn.now - repair.began > settings.kill_after_s and server.managed and turn.may_act(repair.cause):
+        restart(turn, server, repair.cause)
+
+
+def _begun(turn: Turn, server: Server, reason: Reason, stage: Stage, to: ServerState) -> Server:
+    """The server with its repair in a stage; how long the trouble lasts and what was done for it are kept."""
+    old = server.repair
+    repair = Repair(
+        cause=reason if old is None else old.cause,
+        stage=stage,
+        since=turn.now,
+        began=turn.now if old is None else old.began,
+        changed=old is not None and old.changed,
+        restarts=old is not None and old.restarts,
+    )
+    server = replace(server, repair=repair).move(to, turn.now, repair.cause)
+    turn.put(server)
+    return server
+
+
+def _enter(turn: Turn, server: Server, reason: Reason, stage: Stage, to: ServerState) -> None:
+    _begun(turn, server, reason, stage, to)
+
+
+def _returned(turn: Turn, server: Server) -> Server:
+    """A dead server has a process again: nothing that was known of the old one holds for it."""
+    return replace(
+        server, weight_version=None, failed_probes=0, running=None, tokens=None, tokens_at=None, stopped=()
+    ).move(ServerState.STARTING, turn.now, Reason.SERVER_RETURNED)
+
+
+def _wait_s(turn: Turn, server: Server) -> float:
+    settings = turn.state.settings
+    return budget.wait_s(
+        server.budget,
+        first_s=settings.backoff_first_s,
+        max_s=settings.backoff_max_s,
+        jitter=settings.backoff_jitter,
+    )
+
+
+def _stop_ended(turn: Turn, server: Server, repair: Repair, event: EffectEnded) -> None:
+    if not event.ok:
+        turn.note("call", Reason.STOP_FAILED, f"{server.name} would not end: {event.detail}")
+        lock_out(turn, server, Reason.STOP_FAILED)
+        return
+    server = replace(
+        server,
+        procs=(),
+        repair=replace(repair, stage=Stage.BACKOFF, since=turn.now, intent=None, changed=True),
+    )
+    turn.put(server)
+    if _wait_s(turn, server) <= 0.0:
+        _start(turn, server)
+
+
+def _start(turn: Turn, server: Server) -> None:
+    assert server.repair is not None
+    intent = turn.intent("start")
+    repair = replace(server.repair, stage=Stage.START, since=turn.now, intent=intent)
+    server = replace(
+        server,
+        repair=repair,
+        weight_version=None,
+        failed_probes=0,
+        running=None,
+        tokens=None,
+        tokens_at=None,
+        stopped=(),
+    )
+    turn.put(server)
+    turn.commands.append(StartServer(intent=intent, server=server.name))
+
+
+def _start_ended(turn: Turn, server: Server, repair: Repair, event: EffectEnded) -> None:
+    if not event.ok:
+        turn.note("call", Reason.START_FAILED, f"{server.name} did not start: {event.detail}")
+        _failed(turn, server, Reason.START_FAILED)
+        return
+    server = replace(
+        server, procs=event.procs, repair=replace(repair, stage=Stage.READY, since=turn.now, intent=None)
+    )
+    turn.put(server.move(ServerState.STARTING, turn.now, repair.cause))
+
+
+def _canary(turn: Turn, server: Server) -> None:
+    assert server.repair is not None
+    intent = turn.intent("canary")
+    first = server.repair.stage is not Stage.CANARY
+    repair = replace(
+        server.repair,
+        stage=Stage.CANARY,
+        since=turn.now if first else server.repair.since,
+        intent=intent,
+    )
+    turn.put(replace(server, repair=repair))
+    turn.commands.append(RunCanary(intent=intent, server=server.name))
+
+
+def _canary_ended(turn: Turn, server: Server, repair: Repair, event: EffectEnded) -> None:
+    settings = turn.state.settings
+    if event.ok:
+        to = ServerState.STALE if server.state is not ServerState.PLANNED else server.state
+        _weights(turn, _begun(turn, server, repair.cause, Stage.WEIGHTS, to))
+        return
+    if turn.now - repair.since < max(settings.canary_timeout_s, settings.kill_after_s):
+        # Not yet lasting: the next tick sends another.
+        turn.put(replace(server, repair=replace(repair, intent=None)))
+        return
+    turn.note("action", Reason.CANARY_FAILED, f"{server.name} does not generate: {event.detail}")
+    _failed(turn, server, Reason.CANARY_FAILED)
+
+
+def _failed(turn: Turn, server: Server, reason: Reason) -> None:
+    """A stage did not come to its end: another restart, where the daemon may."""
+    cause = server.repair.cause if server.repair is not None else reason
+    if turn.may_act(cause) and server.managed:
+        restart(turn, replace(server, repair=None), reason)
+    else:
+        _enter(turn, replace(server, repair=None), reason, Stage.WATCH, ServerState.SUSPECT)
+
+
+def _weights(turn: Turn, server: Server) -> None:
+    """
+    Prove the served weights current, or make them so.
+
+    In this order: the version that the server offers, a push of the trainer's own weights from disk, a
+    RESYNC by the trainer. A run without any of them waits, and ends locked out: never on a guess.
+    """
+    repair, trainer, settings = server.repair, turn.state.trainer, turn.state.settings
+    assert repair is not None
+    if repair.intent is not None or repair.resync_generation is not None:
+        return
+    if trainer.pid is None or trainer.alive is False:
+        _serve(turn, server)  # nobody holds weights yet: the trainer pushes its own when it starts
+        return
+    known = server.weight_version is not None and trainer.weight_version is not None
+    if known and current(server.weight_version, trainer.weight_version, settings.max_staleness):
+        _serve(turn, server)
+        return
+    if turn.state.mode is Mode.SHADOW:
+        return
+    if settings.push_weights and trainer.weight_version is not None:
+        intent = turn.intent("push")
+        turn.put(replace(server, repair=replace(repair, intent=intent)))
+        turn.commands.append(PushWeights(intent=intent, server=server.name, version=trainer.weight_version))
+    elif trainer.handles_resync and not _just_resynced(turn, repair):
+        generation = turn.state.gate.generation + 1
+        turn.put(replace(server, repair=replace(repair, resync_generation=generation)))
+
+
+def _just_resynced(turn: Turn, repair: Repair) -> bool:
+    """Whether a RESYNC was acknowledged a moment ago, and the probe that would show it is still to come."""
+    at = repair.resynced_at
+    return at is not None and turn.now - at < 3 * turn.state.settings.interval_s
+
+
+def _push_ended(turn: Turn, server: Server, repair: Repair, event: EffectEnded) -> None:
+    repair = replace(repair, intent=None, changed=repair.changed or event.ok)
+    server = replace(server, repair=repair)
+    turn.put(server)
+    if event.ok:
+        turn.count(resyncs=1)
+        turn.note("action", repair.cause, f"weights of {server.name} pushed from disk: {event.detail}")
+        _serve(turn, replace(server, weight_version=turn.state.trainer.weight_version))
+
+
+def _serve(turn: Turn, server: Server) -> None:
+    """The repair is done."""
+    repair = server.repair
+    assert repair is not None
+    if repair.changed and turn.state.trip is not None:
+        turn.state = replace(turn.state, trip=replace(turn.state.trip, infra=True))
+    server = replace(server, repair=None, stale_probes=0, stopped=(), tokens_at=turn.now)
+    turn.put(server.move(ServerState.SERVING, turn.now, None))
+    if repair.restarts:
+        turn.note("action", repair.cause, f"{server.name} serves again, weights proven current")

@@ -1,0 +1,319 @@
+"""
+The daemon's whole knowledge, as one frozen value.
+
+Everything that a decision may depend on is in here, so that a journal of events gives the same decisions
+again.
+Times are seconds of the machine's monotonic clock, which outlives the daemon but not a reboot.
+"""
+
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+from . import reward
+from .breaker import Phase
+from .budget import Budget
+from .events import Proc
+from .invariants import require
+from .reasons import Reason
+
+
+class Mode(Enum):
+    """How far the daemon goes without a person."""
+
+    SHADOW = "shadow"  # judge and report
+    HOLD = "hold"  # also hold the trainer, and tell people
+    ACT = "act"  # also repair
+
+
+class GateOrder(Enum):
+    """The orders of the gate page, in rising severity."""
+
+    GO = "GO"
+    HOLD = "HOLD"
+    RESYNC = "RESYNC"
+    ROLLBACK = "ROLLBACK"
+    SAVE = "SAVE"
+    STOP = "STOP"
+
+
+class ServerState(Enum):
+    """What is known of an inference server."""
+
+    STARTING = "starting"
+    SERVING = "serving"
+    SUSPECT = "suspect"  # evidence against it: the run holds, nothing is killed yet
+    DEAD = "dead"
+    RESTARTING = "restarting"
+    STALE = "stale"  # it lives, and its weights are not proven current
+    PLANNED = "planned"  # paused or updating, for a while
+
+
+LEGAL: frozenset[tuple[ServerState, ServerState]] = frozenset(
+    (old, new)
+    for old, news in {
+        ServerState.STARTING: "SERVING SUSPECT DEAD RESTARTING STALE PLANNED",
+        ServerState.SERVING: "SUSPECT DEAD RESTARTING STALE PLANNED STARTING",
+        ServerState.SUSPECT: "SERVING DEAD RESTARTING STALE PLANNED",
+        ServerState.DEAD: "RESTARTING SUSPECT STARTING",
+        ServerState.RESTARTING: "STARTING DEAD SUSPECT STALE",
+        ServerState.STALE: "SERVING SUSPECT DEAD RESTARTING",
+        ServerState.PLANNED: "SERVING SUSPECT DEAD RESTARTING STALE",
+    }.items()
+    for new in (ServerState[name] for name in news.split())
+)
+
+
+class Stage(Enum):
+    """Where the repair of a server stands, in the order of a restart."""
+
+    CONTINUE = "continue"  # SIGCONT sent to a stopped process
+    WATCH = "watch"  # held on soft evidence; killed when it lasts
+    STOP = "stop"
+    BACKOFF = "backoff"
+    START = "start"
+    READY = "ready"
+    CANARY = "canary"
+    WEIGHTS = "weights"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The figures that decisions depend on; each is explained under the same name in config.toml."""
+
+    max_refused_batches: int = 3
+    max_staleness: int = 0
+    interval_s: float = 1.0
+    deadlock_after_s: float = 10.0
+    spin_after_s: float = 45.0
+    kill_after_s: float = 60.0
+    planned_lease_s: float = 600.0
+    restart_budget: int = 3
+    restart_window_s: float = 900.0
+    backoff_first_s: float = 10.0
+    backoff_max_s: float = 300.0
+    backoff_jitter: float = 0.2
+    healthy_reset_s: float = 600.0
+    canary_timeout_s: float = 60.0
+    probation_steps: int = 3
+    poison_steps: int = 3
+    quorum: float = 0.5
+    cont_grace_s: float = 3.0
+    locked_out_hold_s: float = 1800.0
+    resync_timeout_s: float = 120.0
+    start_timeout_s: float = 600.0
+    stop_timeout_s: float = 20.0
+    push_weights: bool = False
+    reward: reward.RewardConfig = field(default_factory=reward.RewardConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repair:
+    """
+    A server's repair under way.
+
+    `changed` tells whether anything was in fact repaired, so that a trip can be laid at this server's door.
+    `restarts` tells whether this repair restarts the server, or only looks and re-syncs.
+    """
+
+    cause: Reason
+    stage: Stage
+    since: float
+    began: float
+    intent: str | None = None
+    resync_generation: int | None = None
+    resynced_at: float | None = None
+    changed: bool = False
+    restarts: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """One inference server, and the evidence on it. `None` is unknown."""
+
+    name: str
+    managed: bool
+    state: ServerState = ServerState.STARTING
+    since: float = 0.0
+    reason: Reason | None = None
+    procs: tuple[Proc, ...] = ()
+    weight_version: str | None = None
+    repair: Repair | None = None
+    budget: Budget = field(default_factory=Budget)
+    restarts: int = 0
+    seen: bool = False
+    stopped: tuple[int, ...] = ()
+    running: int | None = None
+    tokens: int | None = None
+    tokens_at: float | None = None
+    cpu_s: float | None = None
+    cpu_at: float | None = None
+    stale_probes: int = 0
+    failed_probes: int = 0
+
+    def move(self, to: ServerState, now: float, reason: Reason | None) -> "Server":
+        """The server in another state; a move that is not legal raises `InvariantError`."""
+        if to is self.state:
+            return self if reason is self.reason else replace(self, reason=reason)
+        require((self.state, to) in LEGAL, f"server {self.name} cannot go from {self.state} to {to}")
+        return replace(self, state=to, since=now, reason=reason)
+
+    @property
+    def usable(self) -> bool:
+        """Whether rollouts may be sent to it. One that nobody has looked at yet counts as usable."""
+        if self.state in {ServerState.SERVING, ServerState.PLANNED}:
+            return True
+        return self.state is ServerState.STARTING and self.repair is None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trainer:
+    """The trainer, as its page and its reports show it."""
+
+    pid: int | None = None
+    alive: bool | None = None
+    attempt: int = 0
+    step: int | None = None
+    phase: str = "UNKNOWN"
+    beats: int = 0
+    beats_at: float | None = None
+    progress: int = 0
+    progress_at: float | None = None
+    acked_generation: int = 0
+    weight_version: str | None = None
+    version_at: float | None = None
+    handles_resync: bool = False
+    handles_rollback: bool = False
+    handles_save: bool = False
+    committed_step: int | None = None
+    refused_in_a_row: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """The daemon's half of the gate page, less the lease."""
+
+    order: GateOrder = GateOrder.GO
+    generation: int = 0
+    reason: str = ""
+    target_step: int | None = None
+    target_path: str | None = None
+    judged_batch: int = 0
+    judged_step: int | None = None
+    judged_ok: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trip:
+    """A batch or a stream that no optimizer step may be taken on, until its cause is found."""
+
+    reason: Reason
+    kind: str
+    step: int
+    onset_step: int
+    since: float
+    evidence: tuple[tuple[str, float], ...] = ()
+    infra: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pause:
+    """A person holds the trainer."""
+
+    who: str
+    why: str
+    since: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lockout:
+    """No remedy is left: held until a person decides."""
+
+    reason: Reason
+    since: float
+    saved: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollback:
+    """A rollback under way: first the target is found, then the trainer is ordered to it."""
+
+    before_step: int
+    reason: Reason
+    since: float
+    intent: str | None
+    target_step: int | None = None
+    target_path: str | None = None
+    generation: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Incident:
+    """What is told to people about one trouble, from the first hold to the end of its probation."""
+
+    number: int
+    reason: Reason
+    server: str | None
+    onset_step: int | None
+    opened_at: float
+    resumed_at: float | None = None
+    closed_at: float | None = None
+    restarts: int = 0
+    resyncs: int = 0
+    rollbacks: int = 0
+    refused_batches: int = 0
+    actions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """A checkpoint that the trainer reported."""
+
+    attempt: int
+    step: int
+    path: str
+
+
+CHECKPOINTS_KEPT = 64
+REWARDS_KEPT = 60
+ACTIONS_KEPT = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """Everything. `decide` is the only maker of a next one."""
+
+    settings: Settings
+    mode: Mode
+    reward: reward.RewardState
+    phase: Phase = Phase.CLOSED
+    phase_since: float = 0.0
+    servers: tuple[Server, ...] = ()
+    trainer: Trainer = field(default_factory=Trainer)
+    gate: Gate = field(default_factory=Gate)
+    trip: Trip | None = None
+    pause: Pause | None = None
+    lockout: Lockout | None = None
+    rollback: Rollback | None = None
+    reconciling: bool = False
+    intents: int = 0
+    probation_left: int = 0
+    outage_began: float | None = None
+    outage_ended: float | None = None
+    retries: Budget = field(default_factory=Budget)
+    incident: Incident | None = None
+    incidents: int = 0
+    last_incident: Incident | None = None
+    checkpoints: tuple[Saved, ...] = ()
+    rewards: tuple[float | None, ...] = ()
+    refused_batches: int = 0
+
+
+def initial(settings: Settings, mode: Mode, servers: tuple[Server, ...]) -> State:
+    """The state before anything was seen."""
+    return State(
+        settings=settings,
+        mode=mode,
+        phase=Phase.SHADOW if mode is Mode.SHADOW else Phase.CLOSED,
+        servers=servers,
+        reward=reward.start(settings.reward),
+    )

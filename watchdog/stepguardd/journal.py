@@ -1,0 +1,354 @@
+"""
+The journal: what happened, what was decided, what was begun and how it ended.
+
+Promise: an intent is on disk before its effect begins; a row that was acknowledged survives the daemon's
+SIGKILL at any instruction and, with `synchronous=FULL`, a power loss; the state that comes back is the one
+that the recorded events decide.
+What it does not do: wait in the decision loop. One thread owns the database; the loop hands rows over, and
+a disk that stalls costs rows of the past (counted), never a decision.
+"""
+
+import asyncio
+import contextlib
+import json
+import queue
+import sqlite3
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import TypeAdapter
+
+from .core import commands, events
+from .core.commands import Command, Effect, Notify
+from .core.events import EffectEnded, Event
+from .core.state import State
+
+VERSION: Final = 1
+QUEUE_ROWS_MAX: Final = 10_000
+EVENTS_KEPT: Final = 200_000
+SNAPSHOT_EVERY: Final = 500
+LINGER_S: Final = 0.05
+
+_SCHEMA: Final = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE events (
+  seq INTEGER PRIMARY KEY, at REAL NOT NULL, wall REAL NOT NULL, kind TEXT NOT NULL,
+  body TEXT NOT NULL, commands TEXT NOT NULL);
+CREATE TABLE snapshots (seq INTEGER PRIMARY KEY, state TEXT NOT NULL);
+CREATE TABLE intents (
+  intent TEXT PRIMARY KEY, seq INTEGER NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL, begun REAL NOT NULL,
+  ended REAL, ok INTEGER, detail TEXT) WITHOUT ROWID;
+CREATE TABLE notices (
+  id INTEGER PRIMARY KEY, seq INTEGER NOT NULL, wall REAL NOT NULL, incident INTEGER, what TEXT NOT NULL,
+  reason TEXT NOT NULL, text TEXT NOT NULL);
+"""
+
+_EVENTS: Final[dict[str, TypeAdapter[Any]]] = {
+    kind.__name__: TypeAdapter(kind) for kind in events.Event.__args__
+}
+_COMMANDS: Final[dict[str, TypeAdapter[Any]]] = {
+    kind.__name__: TypeAdapter(kind)
+    for kind in (commands.PublishGate, commands.Notify, *commands.Effect.__args__)
+}
+_STATE: Final[TypeAdapter[State]] = TypeAdapter(State)
+
+
+class JournalError(Exception):
+    """The journal cannot be used; the message names the file and the remedy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """One decision as the journal has it."""
+
+    seq: int
+    at: float
+    wall: float
+    event: Event
+    commands: tuple[Command, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    """What a daemon comes back to: a state, the events after it, and the effects that were under way."""
+
+    state: State | None
+    after: tuple[Recorded, ...]
+    unfinished: tuple[Effect, ...]
+    boot_id: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Row:
+    at: float
+    wall: float
+    event: Event
+    commands: tuple[Command, ...]
+    state: State | None
+    durable: "asyncio.Future[None] | None"
+
+
+def encode(value: object, adapters: dict[str, TypeAdapter[Any]]) -> str:
+    """One value as JSON. NaN stays NaN: it is a reading, and null would make it unknown."""
+    return json.dumps(adapters[type(value).__name__].dump_python(value, mode="json"), separators=(",", ":"))
+
+
+def decode_event(kind: str, body: str) -> Event:
+    """The event of a row; raises `JournalError` for a kind that this version does not have."""
+    return _decode(_EVENTS, kind, body)  # type: ignore[no-any-return]
+
+
+def decode_command(kind: str, body: str) -> Command:
+    """The command of a row; raises `JournalError` for a kind that this version does not have."""
+    return _decode(_COMMANDS, kind, body)  # type: ignore[no-any-return]
+
+
+def encode_command(command: Command) -> str:
+    """A command as the journal keeps it, byte for byte the same for equal commands."""
+    return encode(command, _COMMANDS)
+
+
+def _decode(adapters: dict[str, TypeAdapter[Any]], kind: str, body: str) -> Any:
+    try:
+        return adapters[kind].validate_json(body)
+    except (KeyError, ValueError) as error:
+        raise JournalError(f"the journal has a row of kind {kind} that cannot be read: {error}") from error
+
+
+class Journal:
+    """
+    One run's journal, opened for writing by one daemon.
+
+    Args:
+        path: the database; its folder must exist.
+        boot_id: this boot's id. Times of another boot mean nothing here, so its state does not come back.
+
+    Raises:
+        JournalError: it cannot be opened, is no journal, or was written by a newer version.
+
+    """
+
+    def __init__(self, path: Path, *, boot_id: str) -> None:
+        self.path = path
+        self.lost_rows = 0
+        self._boot_id = boot_id
+        self._rows: queue.Queue[_Row | None] = queue.Queue(maxsize=QUEUE_ROWS_MAX)
+        self._since_snapshot = 0
+        self._failed: str | None = None
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
+            self._prepare()
+        except sqlite3.Error as error:
+            raise JournalError(
+                f"{path}: not usable as a journal ({error}); move it aside to start a new one"
+            ) from error
+        self._seq: int = self._db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0]
+        self._thread = threading.Thread(target=self._write_all, name="journal", daemon=True)
+
+    def _prepare(self) -> None:
+        db = self._db
+        mode = db.execute("PRAGMA journal_mode=WAL").fetchone()[0]
+        if mode != "wal":
+            raise JournalError(f"{self.path}: its file system offers no WAL; put state_dir on a local disk")
+        db.execute("PRAGMA synchronous=FULL")
+        if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+            db.executescript("BEGIN;" + _SCHEMA + f"INSERT INTO meta VALUES ('version', '{VERSION}'); COMMIT;")
+        version = int(db.execute("SELECT value FROM meta WHERE key = 'version'").fetchone()[0])
+        if version > VERSION:
+            raise JournalError(
+                f"{self.path}: written by a newer version (layout {version}, this one reads up to {VERSION}); "
+                "install that version, or move the file aside"
+            )
+
+    def restore(self) -> Restored:
+        """What was known and what was under way when the last daemon of this run ended."""
+        row = self._db.execute("SELECT value FROM meta WHERE key = 'boot_id'").fetchone()
+        before = None if row is None else str(row[0])
+        with self._db:
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('boot_id', ?)", (self._boot_id,))
+        if before != self._boot_id:
+            return Restored(state=None, after=(), unfinished=(), boot_id=before)
+        newest = self._db.execute("SELECT seq, state FROM snapshots ORDER BY seq DESC LIMIT 1").fetchone()
+        if newest is None:
+            return Restored(state=None, after=(), unfinished=(), boot_id=before)
+        try:
+            state = _STATE.validate_json(newest[1])
+        except ValueError as error:
+            raise JournalError(
+                f"{self.path}: its newest state cannot be read ({error}); move the file aside"
+            ) from error
+        under_way = self._db.execute("SELECT kind, body FROM intents WHERE ended IS NULL ORDER BY seq")
+        unfinished = tuple(decode_command(kind, body) for kind, body in under_way.fetchall())
+        return Restored(
+            state=state,
+            after=tuple(self.read(after=newest[0])),
+            unfinished=unfinished,  # type: ignore[arg-type] - the intents table holds effects alone
+            boot_id=before,
+        )
+
+    def read(self, *, after: int = 0) -> Iterator[Recorded]:
+        """The decisions after a row, in order. Call it before `start`, or on a journal opened for this alone."""
+        rows = self._db.execute(
+            "SELECT seq, at, wall, kind, body, commands FROM events WHERE seq > ? ORDER BY seq", (after,)
+        )
+        for seq, at, wall, kind, body, commands_json in rows:
+            decided = tuple(
+                decode_command(name, json.dumps(fields)) for name, fields in json.loads(commands_json)
+            )
+            yield Recorded(seq=seq, at=at, wall=wall, event=decode_event(kind, body), commands=decided)
+
+    def start(self) -> None:
+        """Begin to write."""
+        self._thread.start()
+
+    def record(
+        self, *, at: float, wall: float, event: Event, commands: tuple[Command, ...], state: State
+    ) -> "asyncio.Future[None] | None":
+        """
+        Hand one decision to the writer.
+
+        Returns:
+            None, or for a decision with effects in it a future that is done once the row is on disk: no
+            effect may begin before. It fails with `JournalError` when the disk refuses.
+
+        """
+        effects = any(not isinstance(command, commands_without_intent) for command in commands)
+        self._since_snapshot += 1
+        snapshot = effects or self._since_snapshot >= SNAPSHOT_EVERY
+        if snapshot:
+            self._since_snapshot = 0
+        durable = asyncio.get_running_loop().create_future() if effects else None
+        row = _Row(
+            at=at,
+            wall=wall,
+            event=event,
+            commands=commands,
+            state=state if snapshot else None,
+            durable=durable,
+        )
+        try:
+            self._rows.put_nowait(row)
+        except queue.Full:
+            self.lost_rows += 1
+            self._since_snapshot = SNAPSHOT_EVERY  # the next row that fits carries the whole state
+            if durable is not None:
+                durable.set_exception(JournalError(f"{self.path}: the disk does not keep up"))
+        return durable
+
+    @property
+    def failure(self) -> str | None:
+        """Why the newest write failed; None while the disk takes what it is given."""
+        return self._failed
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Write what is left and close. Idempotent."""
+        if self._thread.is_alive():
+            with contextlib.suppress(queue.Full):
+                self._rows.put(None, timeout=timeout_s)
+            self._thread.join(timeout_s)
+        self._db.close()
+
+    def _write_all(self) -> None:
+        batch: list[_Row] = []
+        while True:
+            row = self._rows.get()
+            closing = row is None
+            while row is not None:
+                batch.append(row)
+                try:
+                    # Whoever waits for the disk must not wait for company.
+                    row = self._rows.get_nowait() if row.durable else self._rows.get(timeout=LINGER_S)
+                    closing = row is None
+                except queue.Empty:
+                    break
+            self._write(batch)
+            batch.clear()
+            if closing:
+                return
+
+    def _write(self, batch: list[_Row]) -> None:
+        try:
+            self._db.execute("BEGIN")
+            for row in batch:
+                self._seq += 1
+                self._insert(row, self._seq)
+            self._prune()
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            self._failed = str(error)
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+            self.lost_rows += len(batch)
+            outcome: JournalError | None = JournalError(
+                f"{self.path}: cannot be written ({error}); make room or fix its permissions"
+            )
+        else:
+            self._failed = None
+            outcome = None
+        for row in batch:
+            if row.durable is not None:
+                _resolve(row.durable, outcome)
+
+    def _insert(self, row: _Row, seq: int) -> None:
+        event, db = row.event, self._db
+        decided = [
+            [type(c).__name__, _COMMANDS[type(c).__name__].dump_python(c, mode="json")] for c in row.commands
+        ]
+        db.execute(
+            "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)",
+            (seq, row.at, row.wall, type(event).__name__, encode(event, _EVENTS), json.dumps(decided)),
+        )
+        if row.state is not None:
+            state = json.dumps(_STATE.dump_python(row.state, mode="json"), separators=(",", ":"))
+            db.execute("INSERT INTO snapshots VALUES (?, ?)", (seq, state))
+            db.execute("DELETE FROM snapshots WHERE seq < ?", (seq - 20 * SNAPSHOT_EVERY,))
+        if isinstance(event, EffectEnded):
+            db.execute(
+                "UPDATE intents SET ended = ?, ok = ?, detail = ? WHERE intent = ?",
+                (row.at, int(event.ok), event.detail, event.intent),
+            )
+        for command in row.commands:
+            if isinstance(command, Notify):
+                db.execute(
+                    "INSERT INTO notices (seq, wall, incident, what, reason, text) VALUES (?, ?, ?, ?, ?, ?)",
+                    (seq, row.wall, command.incident, command.what, command.reason, command.text),
+                )
+            elif not isinstance(command, commands_without_intent):
+                db.execute(
+                    "INSERT OR IGNORE INTO intents (intent, seq, kind, body, begun) VALUES (?, ?, ?, ?, ?)",
+                    (command.intent, seq, type(command).__name__, encode_command(command), row.at),
+                )
+
+    def _prune(self) -> None:
+        if self._seq % SNAPSHOT_EVERY == 0:
+            self._db.execute("DELETE FROM events WHERE seq <= ?", (self._seq - EVENTS_KEPT,))
+
+
+commands_without_intent = (commands.PublishGate, commands.Notify)
+
+
+def _resolve(durable: "asyncio.Future[None]", outcome: JournalError | None) -> None:
+    """Settle a future of the loop from the writer's thread; a loop that is gone waits for nothing."""
+
+    def settle() -> None:
+        if durable.done():
+            return
+        if outcome is None:
+            durable.set_result(None)
+        else:
+            durable.set_exception(outcome)
+
+    with contextlib.suppress(RuntimeError):
+        durable.get_loop().call_soon_threadsafe(settle)
+
+
+def last_notices(path: Path, count: int) -> list[tuple[float, int | None, str, str, str]]:
+    """The newest notices of a journal that a daemon may have open: (wall, incident, what, reason, text)."""
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=2.0)) as db:
+        rows = db.execute(
+            "SELECT wall, incident, what, reason, text FROM notices ORDER BY id DESC LIMIT ?", (count,)
+        )
+        return list(reversed(rows.fetchall()))
