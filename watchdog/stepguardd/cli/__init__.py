@@ -1,0 +1,122 @@
+"""
+The command line `stepguard`: one module per command, imported only when that command runs.
+
+Promises: `--help` and `--version` import no command; a wrong use is one line on stderr and exit code 2; a
+command whose extra is not installed says which one to install.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, NoReturn
+
+import typer
+from typer.main import get_command
+
+# Each command, in the order of the help. Its module is named like it and exports a function of that name, or,
+# for a command with commands of its own, a `typer.Typer` called `app`.
+COMMANDS = {
+    "run": "Watch a training run, and protect it.",
+    "status": "How the run is: breaker, trainer, servers, last incident.",
+    "pause": "Hold the run before its next optimizer step.",
+    "resume": "Let a held run go on.",
+    "rollback": "Take the trainer back to a checkpoint from before the trouble.",
+    "restart-server": "Restart an inference server, and give it the current weights.",
+    "demo": "A real training run with a real fault, protected, before your eyes.",
+    "config": "Check, show and explain the configuration.",
+    "checkpoints": "List and vet checkpoints; find the one to go back to.",
+    "replay": "What Stepguard would have done in a recorded run.",
+    "tune": "Find settings for the reward tests from recorded runs.",
+    "stream": "Show the reward stream as Stepguard reads it.",
+    "diagnose": "What most likely went wrong, with the evidence.",
+}
+EXTRAS = {"demo": "demo"}
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line on these arguments (default: the process's own) and exit with its code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    wanted = next((word for word in given if not word.startswith("-")), None)
+    try:
+        code = get_command(_app(wanted)).main(given, prog_name="stepguard", standalone_mode=False)
+    except typer.TyperException as wrong:
+        _wrong_use(wrong)
+    except typer.Abort:
+        print("stepguard: stopped", file=sys.stderr)
+        raise SystemExit(1) from None
+    except typer.Exit as leaving:  # raised outside of a command, by a module that could not be imported
+        code = leaving.exit_code
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _app(wanted: str | None) -> typer.Typer:
+    """The whole command line, of which only the wanted command is real; the others are there to be listed."""
+    app = typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
+        help="A circuit breaker for RL post-training: no optimizer step on garbage, and no night lost.",
+        epilog="Exit codes: 0 done, 1 the answer is bad news, 2 wrong use. "
+        "With --json, stdout is JSON and nothing else.",
+    )
+    app.callback(invoke_without_command=True)(_root)
+    for name, help_line in COMMANDS.items():
+        if not (Path(__file__).parent / f"{_module(name)}.py").exists():
+            continue
+        if name == wanted:
+            _add(app, name, _import(name), help_line)
+        else:
+            app.command(name, help=help_line)(lambda: None)
+    return app
+
+
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        from stepguard import __version__  # noqa: PLC0415 - only this flag needs it
+
+        typer.echo(f"stepguard {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+def _add(app: typer.Typer, name: str, module: ModuleType, help_line: str) -> None:
+    group = getattr(module, "app", None)
+    if isinstance(group, typer.Typer):
+        app.add_typer(group, name=name, help=help_line)
+    else:
+        app.command(name)(getattr(module, _module(name)))
+
+
+def _module(name: str) -> str:
+    return name.replace("-", "_")
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(f"stepguardd.cli.{_module(name)}")
+    except ModuleNotFoundError as missing:
+        if missing.name is None or missing.name.startswith("stepguardd"):
+            raise
+        extra = EXTRAS.get(name, "daemon")
+        print(
+            f"stepguard: {name} needs {missing.name}, which is not installed; "
+            f"install it with: pip install 'stepguard[{extra}]'",
+            file=sys.stderr,
+        )
+        raise typer.Exit(2) from None
+
+
+def _wrong_use(wrong: typer.TyperException) -> NoReturn:
+    """One line: what is wrong, and where the right use is written."""
+    command = getattr(getattr(wrong, "ctx", None), "command_path", "stepguard")
+    text = " ".join(wrong.format_message().split()).rstrip(".")
+    print(f"stepguard: {text} (see: {command} --help)", file=sys.stderr)
+    raise SystemExit(2)

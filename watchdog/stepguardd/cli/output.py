@@ -1,0 +1,71 @@
+"""
+What every command prints with, so that all of them fail, report and speak JSON alike.
+
+stdout carries the answer; with `--json` it carries JSON and nothing else. Words about it go to stderr.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LINE_CHARS_MAX = 2000
+
+
+def fail(message: str) -> NoReturn:
+    """Wrong use: one line on stderr that names the key or file at fault and the remedy, and exit code 2."""
+    say(message)
+    raise typer.Exit(2)
+
+
+def bad_news(message: str) -> NoReturn:
+    """The question was right and the answer is bad: one line on stderr and exit code 1."""
+    say(message)
+    raise typer.Exit(1)
+
+
+def say(message: str) -> None:
+    """One line on stderr."""
+    print(f"stepguard: {one_line(message)}", file=sys.stderr, flush=True)
+
+
+def print_json(value: object) -> None:
+    """One JSON value as one line on stdout; what JSON has no word for (NaN, infinities) becomes null."""
+    sys.stdout.write(json.dumps(jsonable(value), ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def jsonable(value: Any) -> Any:
+    """The value with JSON's types only: paths as text, tuples as lists, unknown numbers as null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, Sequence | set | frozenset):
+        return [jsonable(item) for item in value]
+    if isinstance(value, PurePath):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
+
+
+def console(*, as_json: bool) -> "Console":
+    """The terminal to draw on: stdout, or stderr where stdout belongs to JSON."""
+    from rich.console import Console  # noqa: PLC0415 - 0.1 s that only a drawing command pays
+
+    return Console(stderr=as_json, highlight=False)
+
+
+def one_line(text: str, chars_max: int = LINE_CHARS_MAX) -> str:
+    """Text from anywhere, safe for one line of a terminal: no control characters, no endless length."""
+    flat = " ".join(text.split())
+    safe = "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in flat)
+    return safe if len(safe) <= chars_max else safe[: chars_max - 1] + "…"

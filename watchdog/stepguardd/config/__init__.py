@@ -1,0 +1,37 @@
+"""The daemon's configuration: settings with defaults, read once, from flags over environment over file."""
+
+from stepguardd.config.loading import ConfigError, LoadedConfig, Origin, load_config, read_config
+from stepguardd.config.settings import (
+    CheckpointSettings,
+    Config,
+    ControlSettings,
+    GuardSettings,
+    ProbeSettings,
+    RecoverySettings,
+    RewardSettings,
+    RunSettings,
+    ServerSettings,
+    StreamSettings,
+    WeightsSettings,
+    warnings,
+)
+
+__all__ = [
+    "CheckpointSettings",
+    "Config",
+    "ConfigError",
+    "ControlSettings",
+    "GuardSettings",
+    "LoadedConfig",
+    "Origin",
+    "ProbeSettings",
+    "RecoverySettings",
+    "RewardSettings",
+    "RunSettings",
+    "ServerSettings",
+    "StreamSettings",
+    "WeightsSettings",
+    "load_config",
+    "read_config",
+    "warnings",
+]

@@ -1,0 +1,512 @@
+"""
+Every setting of the daemon: its type, its bounds, its default and the words that explain it.
+
+This is the one source of `config.toml`, `docs/configuration.md`, `stepguard config schema` and the checks at
+start.
+Nothing here reads a file: see `loading`.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from stepguardd.places import default_run_dir, default_state_dir
+
+
+def _anchor(path: Path, info: ValidationInfo) -> Path:
+    """A relative path in a file is relative to that file's folder, wherever the command was typed."""
+    base = (info.context or {}).get("base", Path())
+    return Path(os.path.abspath(base / path.expanduser()))  # noqa: PTH100 - resolve() would follow links
+
+
+LocalPath = Annotated[Path, AfterValidator(_anchor)]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Seconds = Annotated[float, Field(gt=0, le=30 * 86_400)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A table of the configuration: it never changes once read, and knows no key but its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+class RunSettings(Section):
+    """The run that is watched, and how far Stepguard may go by itself."""
+
+    name: Name = Field(
+        default="run", description="The run's name: it appears in alerts and names the default folders."
+    )
+    run_dir: LocalPath = Field(
+        default_factory=lambda data: default_run_dir(data.get("name", "run")),
+        description="The gate page and the sockets. Local file system only. The trainer finds it through the "
+        "environment variable STEPGUARD_RUN_DIR. By default /run/stepguard/<name> where that can be written, "
+        "else $XDG_RUNTIME_DIR/stepguard/<name>, else stepguard-<uid>/<name> in the folder for temporary "
+        "files.",
+        examples=["/run/stepguard/run"],
+    )
+    state_dir: LocalPath = Field(
+        default_factory=lambda data: default_state_dir(data.get("name", "run")),
+        description="The journal and the servers' logs. By default /var/lib/stepguard/<name> where that "
+        "can be "
+        "written, else $XDG_STATE_HOME/stepguard/<name>, else ~/.local/state/stepguard/<name>.",
+        examples=["/var/lib/stepguard/run"],
+    )
+    mode: Literal["shadow", "hold", "act"] = Field(
+        default="hold",
+        description='"shadow" only reports what it would have done. "hold" also holds the run before a bad '
+        'optimizer step, and reports which restart or rollback it would have made. "act" does those as well.',
+    )
+
+    @field_validator("run_dir")
+    @classmethod
+    def _sockets_fit(cls, run_dir: Path) -> Path:
+        """A Unix socket's address holds 107 bytes, and the kernel's own error would not say so."""
+        longest = os.fsencode(run_dir / "control.sock")
+        if len(longest) > 107:
+            raise ValueError(
+                f"is {len(longest) - 107} bytes too long for the sockets in it; choose a shorter one"
+            )
+        return run_dir
+
+
+class ServerSettings(Section):
+    """
+    One inference server. Repeat the table for several; a single one may also be written as `[server]`.
+
+    Without any, Stepguard guards the reward stream and the trainer alone.
+    """
+
+    name: Name = Field(
+        default="server", description="What alerts and commands call it. Unique within the run."
+    )
+    url: str = Field(
+        description="Where it answers: scheme, host and port.",
+        examples=["http://127.0.0.1:30000"],
+    )
+    backend: Literal["process", "systemd", "none"] = Field(
+        default="process",
+        description='Who starts it: "process" = Stepguard, as its own child, by `command`; "systemd" = '
+        "the unit "
+        '`unit`; "none" = somebody else: Stepguard watches it, holds the run when it fails, and never '
+        "restarts it.",
+    )
+    command: tuple[str, ...] = Field(
+        default=(),
+        description='The program and its arguments, for backend "process". No shell reads it.',
+        examples=[["python", "-m", "sglang.launch_server", "--model-path", "…", "--port", "30000"]],
+    )
+    cwd: LocalPath | None = Field(
+        default=None,
+        description="The folder in which the command runs. By default the daemon's own.",
+        examples=["/srv/train"],
+    )
+    env: Mapping[str, SecretStr] = Field(
+        default_factory=dict,
+        description="Environment variables added for the command. Their values are never printed.",
+        examples=[{"CUDA_VISIBLE_DEVICES": "0"}],
+    )
+    unit: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9:_.\\@-]+\.service$",
+        description='The systemd unit, for backend "systemd".',
+        examples=["sglang.service"],
+    )
+    log: LocalPath | None = Field(
+        default=None,
+        description="Where the command's output goes and is read for known signs of trouble. "
+        "By default <state_dir>/servers/<name>.log.",
+        examples=["/var/log/sglang.log"],
+    )
+    start_timeout_s: Seconds = Field(
+        default=600, description="A server that is not serving this long after its start has failed to start."
+    )
+    stop_timeout_s: Seconds = Field(
+        default=20, description="Between the polite SIGTERM to the whole process tree and the SIGKILL."
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _plain_address(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise ValueError("must look like http://host:port")
+        if parts.username or parts.password:
+            raise ValueError("must not carry a password: this file is printed and pasted")
+        if parts.query or parts.fragment:
+            raise ValueError("must end after the port or a path")
+        return url.rstrip("/")
+
+    @model_validator(mode="after")
+    def _backend_has_its_key(self) -> Self:
+        if self.backend == "process" and not self.command:
+            raise ValueError('command is missing: backend "process" needs it (or set backend = "none")')
+        if self.backend == "systemd" and not self.unit:
+            raise ValueError('unit is missing: backend "systemd" needs it')
+        return self
+
+    def environment(self) -> dict[str, str]:
+        """The variables of `env` with their values, for the one place that starts the server."""
+        return {key: value.get_secret_value() for key, value in self.env.items()}
+
+
+class ProbeSettings(Section):
+    """
+    How the servers are watched. Holding is cheap and quick; killing needs evidence that lasts.
+
+    A process that exits is noticed at once, by the kernel's word, whatever stands here.
+    """
+
+    interval_s: Seconds = Field(default=1.0, description="Between two of the cheap probes of a server.")
+    timeout_s: Seconds = Field(
+        default=3.0, description="A cheap probe without an answer for this long has failed."
+    )
+    health_interval_s: Seconds = Field(
+        default=30,
+        description="Between two `/health_generate`, the probe that makes the server generate a token.",
+    )
+    health_timeout_s: Seconds = Field(
+        default=25, description="A `/health_generate` without an answer for this long has failed."
+    )
+    stopped_after_s: Seconds = Field(
+        default=0.5,
+        description="How often /proc is read for a process that was stopped (SIGSTOP, a debugger).",
+    )
+    deadlock_after_s: Seconds = Field(
+        default=10,
+        description="Requests are waiting, no token came for this long, and no processor is busy: hold.",
+    )
+    spin_after_s: Seconds = Field(
+        default=45,
+        description="Requests are waiting, no token came for this long, and a processor is busy: hold.",
+    )
+    kill_after_s: Seconds = Field(
+        default=60, description="Evidence against a living server must last this long before it is killed."
+    )
+    planned_lease_s: Seconds = Field(
+        default=600,
+        description="A pause, an offload or a weight update that was announced excuses a silent server "
+        "for this "
+        "long, never for ever.",
+    )
+
+    @model_validator(mode="after")
+    def _probes_do_not_overlap(self) -> Self:
+        if self.health_interval_s < self.health_timeout_s:
+            raise ValueError(
+                f"health_interval_s ({self.health_interval_s:g}) must be at least health_timeout_s "
+                f"({self.health_timeout_s:g}): two of these probes must never overlap"
+            )
+        return self
+
+
+class GuardSettings(Section):
+    """
+    What the guard inside the trainer does by itself.
+
+    The daemon writes these to <run_dir>/guard.json, from where the trainer reads them at its start.
+    """
+
+    max_failed_fraction: Share = Field(
+        default=0.1, description="A batch with a larger share of failed rollouts is refused."
+    )
+    max_refused_batches: int = Field(
+        default=3,
+        ge=1,
+        description="After this many refused batches in a row the trainer holds, daemon or not.",
+    )
+    verdict_timeout_s: Seconds = Field(
+        default=0.25,
+        description="Waiting longer than this for the daemon's verdict on a batch counts as a hold.",
+    )
+    orphan_hold_s: Seconds = Field(
+        default=600, description="A hold without a living daemon ends after this long, by stopping the run."
+    )
+    on_daemon_lost: Literal["continue", "hold"] = Field(
+        default="continue", description="What a trainer that was free to go does when the daemon is gone."
+    )
+    max_staleness: int = Field(
+        default=0,
+        ge=0,
+        description="How many weight versions a rollout may lag behind; older ones count as failed. "
+        "0 for synchronous training.",
+    )
+
+
+class RewardSettings(Section):
+    """How the reward stream is judged. The defaults learn the run's own level and spread."""
+
+    metric: str = Field(
+        default="auto",
+        min_length=1,
+        description='The metric that is the reward. "auto" knows the names that the common trainers use.',
+        examples=["grpo_actor/task_reward/avg"],
+    )
+    rollouts_per_step: int | None = Field(
+        default=None,
+        ge=1,
+        description="How many rollouts one step averages. By default learned.",
+        examples=[64],
+    )
+    false_alarm_steps: int = Field(
+        default=1_000_000, ge=100, description="Hold a healthy run at most about once in this many steps."
+    )
+    warning_alarm_steps: int = Field(
+        default=20_000, ge=100, description="Warn about a healthy run at most about once in this many steps."
+    )
+    zero_streak_warn: int = Field(
+        default=5,
+        ge=1,
+        description="Warn after this many rewards of exactly zero in a row, however rare reward is.",
+    )
+    zero_streak_hold: int = Field(
+        default=10, ge=1, description="Hold after this many, where zeros in a row are not this run's habit."
+    )
+    min_reward: float | None = Field(
+        default=None,
+        description="Hold when a step's reward is below this. By default no such floor.",
+        examples=[0.05],
+    )
+    no_step_for_s: Seconds | None = Field(
+        default=None,
+        description="Warn when no step was finished for this long. By default learned from the run's own "
+        "phases.",
+        examples=[1800],
+    )
+
+    @model_validator(mode="after")
+    def _warn_before_holding(self) -> Self:
+        if self.zero_streak_hold < self.zero_streak_warn:
+            raise ValueError(
+                f"zero_streak_hold ({self.zero_streak_hold}) must be at least zero_streak_warn "
+                f"({self.zero_streak_warn})"
+            )
+        return self
+
+
+class StreamSettings(Section):
+    """Where else the reward can be read, for trainers without the guard."""
+
+    wandb_dir: LocalPath | None = Field(
+        default=None,
+        description="A W&B run folder, or a folder of them (the newest is followed). It is read on this "
+        "disk; "
+        "no account or network is needed.",
+        examples=["wandb"],
+    )
+    step_key: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The metric that counts steps. By default W&B's own counter.",
+        examples=["train/global_step"],
+    )
+
+
+class RecoverySettings(Section):
+    """How a failed server is brought back, how often that is tried, and when a person is called instead."""
+
+    restart_budget: int = Field(
+        default=3, ge=0, description="Restarts allowed within the window; the next failure locks the run out."
+    )
+    restart_window_s: Seconds = Field(
+        default=3600,
+        description="The window. It must be longer than budget × (start + detection) × 1.5, or a server "
+        "that never "
+        "comes up is restarted for ever: `stepguard config check` does the sum.",
+    )
+    backoff_first_s: Seconds = Field(
+        default=10, description="Wait before the second restart; doubles with each further one."
+    )
+    backoff_max_s: Seconds = Field(default=300, description="The longest such wait.")
+    backoff_jitter: Share = Field(default=0.2, description="Random share added to each wait.")
+    healthy_reset_s: Seconds = Field(
+        default=600, description="After this long in health, with a step done, the waits start small again."
+    )
+    canary_requests: int = Field(
+        default=4,
+        ge=1,
+        description="Real generations that a restarted server must answer before it is trusted.",
+    )
+    canary_timeout_s: Seconds = Field(default=60, description="Each of them must be answered within this.")
+    probation_steps: int = Field(
+        default=3,
+        ge=1,
+        description="Steps after a recovery during which any new trouble counts as a failed recovery.",
+    )
+    poison_steps: int = Field(
+        default=3, ge=1, description="Optimizer steps taken on garbage before clean-up means a rollback."
+    )
+    quorum: Share = Field(
+        default=0.5,
+        description="Of several servers, hold when fewer than this share is serving; else fence one off.",
+    )
+    cont_grace_s: Seconds = Field(
+        default=3, description="A stopped process is first sent SIGCONT; it has this long to answer again."
+    )
+    locked_out_hold_s: Seconds = Field(
+        default=1800,
+        description="After this long locked out, with nobody answering, the trainer is told to save and "
+        "stop.",
+    )
+    resync_timeout_s: Seconds = Field(
+        default=120, description="The restarted server must have the current weights within this."
+    )
+
+    @model_validator(mode="after")
+    def _waits_grow(self) -> Self:
+        if self.backoff_max_s < self.backoff_first_s:
+            raise ValueError(
+                f"backoff_max_s ({self.backoff_max_s:g}) must be at least backoff_first_s "
+                f"({self.backoff_first_s:g})"
+            )
+        return self
+
+
+class WeightsSettings(Section):
+    """How the current weights get back into a restarted server. A server without them is never resumed."""
+
+    sync: Literal["disk", "nccl", "ipc", "none"] = Field(
+        default="disk",
+        description='How the trainer hands weights over. After a restart "disk" is pushed again by the '
+        "daemon "
+        '(see `path`) or by the trainer; "nccl" and "ipc" are rebuilt by the trainer\'s on_resync '
+        "handler, and "
+        'without one mean that the trainer is relaunched; "none": weights never change.',
+    )
+    path: str | None = Field(
+        default=None,
+        description="Where the weights of a version lie, with {version} in its place: then the daemon "
+        "pushes them "
+        "by itself. By default the trainer is asked to.",
+        examples=["/srv/weights/{version}"],
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _only_version(cls, path: str | None) -> str | None:
+        if path is not None and ("{version}" not in path or set(path.replace("{version}", "")) & set("{}")):
+            raise ValueError("must contain {version} and no other braces")
+        return path
+
+
+class CheckpointSettings(Section):
+    """Where the trainer saves, and which checkpoints a rollback may use."""
+
+    dir: LocalPath | None = Field(
+        default=None,
+        description="The folder of checkpoints. By default what the guard reports as saved.",
+        examples=["checkpoints"],
+    )
+    framework: str = Field(
+        default="auto",
+        min_length=1,
+        description='Whose layout it has. "auto" looks.',
+    )
+    keep_proven: int = Field(
+        default=2, ge=1, description="This many proven checkpoints are kept from being rotated away."
+    )
+    proven_after_steps: int = Field(
+        default=5, ge=1, description="A checkpoint is proven by this many healthy steps after it."
+    )
+
+
+class ControlSettings(Section):
+    """Who may pause, resume and roll back over the socket in run_dir."""
+
+    allowed_uids: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(),
+        description="User ids allowed besides root and the daemon's own. The socket's group must let them "
+        "in too.",
+        examples=[[1000]],
+    )
+
+
+class Config(Section):
+    """The whole configuration of one run's daemon."""
+
+    run: RunSettings = Field(default_factory=RunSettings)
+    servers: tuple[ServerSettings, ...] = ()
+    probe: ProbeSettings = Field(default_factory=ProbeSettings)
+    guard: GuardSettings = Field(default_factory=GuardSettings)
+    reward: RewardSettings = Field(default_factory=RewardSettings)
+    stream: StreamSettings = Field(default_factory=StreamSettings)
+    recovery: RecoverySettings = Field(default_factory=RecoverySettings)
+    weights: WeightsSettings = Field(default_factory=WeightsSettings)
+    checkpoints: CheckpointSettings = Field(default_factory=CheckpointSettings)
+    control: ControlSettings = Field(default_factory=ControlSettings)
+
+    @field_validator("servers")
+    @classmethod
+    def _names_differ(cls, servers: tuple[ServerSettings, ...]) -> tuple[ServerSettings, ...]:
+        names = [server.name for server in servers]
+        for name in names:
+            if names.count(name) > 1:
+                raise PydanticCustomError("names", f"has two called {name!r}; give each a name of its own")
+        return servers
+
+    def server_log(self, server: ServerSettings) -> Path:
+        """Where this server's output goes."""
+        return server.log or self.run.state_dir / "servers" / f"{server.name}.log"
+
+
+def warnings(config: Config) -> list[str]:
+    """What is legal but will disappoint, each in one sentence that names the keys and a remedy."""
+    found = []
+    if not config.servers:
+        found.append("servers: none is configured, so only the reward stream and the trainer are watched")
+    recovery, probe = config.recovery, config.probe
+    started = [server for server in config.servers if server.backend != "none"]
+    if started and recovery.restart_budget:
+        start_s = max(server.start_timeout_s for server in started)
+        needed_s = recovery.restart_budget * (start_s + probe.kill_after_s) * 1.5
+        if recovery.restart_window_s < needed_s:
+            found.append(
+                f"recovery.restart_window_s is {recovery.restart_window_s:g}, but "
+                f"{recovery.restart_budget} restarts of a "
+                f"server that may take {start_s:g} s to start and {probe.kill_after_s:g} s to be found "
+                f"dead need "
+                f"{needed_s:g}: the budget could never run out; raise the window or lower start_timeout_s"
+            )
+    for server in config.servers:
+        host = urlsplit(server.url).hostname
+        if host in {"0.0.0.0", "::"}:  # noqa: S104 - it is refused, not bound
+            found.append(
+                f"servers.{server.name}.url: {host} is an address to listen on, not to call; use "
+                f"127.0.0.1, and let "
+                "the server listen there too: it has no passwords"
+            )
+        if server.command and not _is_runnable(server):
+            found.append(
+                f"servers.{server.name}.command: {server.command[0]!r} is not found or may not be executed"
+            )
+    if probe.kill_after_s < max(probe.deadlock_after_s, probe.spin_after_s):
+        found.append(
+            "probe.kill_after_s is shorter than deadlock_after_s or spin_after_s: a server would be "
+            "killed as soon as "
+            "it is suspected"
+        )
+    return found
+
+
+def _is_runnable(server: ServerSettings) -> bool:
+    """Whether the program is there now, looked for as the start will look for it."""
+    program = server.command[0]
+    if "/" in program:
+        program = str((server.cwd or Path()) / program)
+    return shutil.which(program, path=server.environment().get("PATH")) is not None
