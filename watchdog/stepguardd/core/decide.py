@@ -220,7 +220,7 @@ def _on_batch(turn: Turn, event: BatchReported) -> None:
     refusal = _refusal(turn, event)
     if refusal is None:
         refusal = _reward_verdict(turn, event)
-    elif refusal is Reason.WEIGHTS_STALE:
+    elif refusal is Reason.STALE_WEIGHTS:
         for server in turn.state.servers:
             recovery.suspect(turn, server, fleet.Suspicion(reason=refusal, remedy=fleet.Remedy.RESYNC))
     in_a_row = trainer.refused_in_a_row + 1 if event.refused is not None else 0
@@ -248,10 +248,9 @@ def _on_batch(turn: Turn, event: BatchReported) -> None:
 def _refusal(turn: Turn, event: BatchReported) -> Reason | None:
     """Why a batch is refused without a look at its reward."""
     state = turn.state
-    if event.refused == "stale_weights":
-        return Reason.WEIGHTS_STALE
     if event.refused is not None:
-        return Reason.ROLLOUTS_FAILED
+        known = {reason.value for reason in (Reason.STALE_WEIGHTS, Reason.NO_GROUP)}
+        return Reason(event.refused) if event.refused in known else Reason.FAILED_FRACTION
     if event.attempt < state.trainer.attempt:
         return Reason.OLD_ATTEMPT
     if _outage(state) is not None:

@@ -126,7 +126,7 @@ def _stale(server: Server, trainer: Trainer, settings: Settings, now: float) -> 
     )
     server = replace(server, stale_probes=server.stale_probes + 1 if wrong else 0)
     if server.stale_probes >= STALE_PROBES:
-        return server, Suspicion(reason=Reason.WEIGHTS_STALE, remedy=Remedy.RESYNC)
+        return server, Suspicion(reason=Reason.STALE_WEIGHTS, remedy=Remedy.RESYNC)
     return server, None
 
 

@@ -15,9 +15,7 @@ __all__ = ["Reason"]
 
 
 class Reason(StrEnum):
-    """
-    Why the daemon thinks what it thinks. The value is what is stored and shown.
-    """
+    """Why the daemon thinks what it thinks. The value is what is stored and shown."""
 
     OK = "ok"
 
@@ -45,7 +43,7 @@ class Reason(StrEnum):
     MIN_REWARD = "min_reward"
     """The user's plain rule: the reward is below `min_reward`."""
     SECOND_WITNESS = "second_witness"
-    """A server, the guard's counts or the log-probabilities confirm a fall that the reward alone leaves open."""
+    """A server, the guard's counts or the log-probabilities confirm a fall that the reward leaves open."""
 
     # --- The other metrics of a step
     LOSS_NOT_FINITE = "loss_not_finite"
@@ -53,7 +51,7 @@ class Reason(StrEnum):
     ABORTED_RATIO = "aborted_ratio"
     """More rollouts than usual are aborted or fail."""
     LOGPROB_MISMATCH = "logprob_mismatch"
-    """Trainer and server disagree about log-probabilities more than usual: the server's weights are suspect."""
+    """Trainer and server disagree about log-probabilities more than usual: suspect weights."""
     ENTROPY_SHIFT = "entropy_shift"
     KL_SHIFT = "kl_shift"
     LENGTH_SHIFT = "length_shift"
@@ -63,3 +61,48 @@ class Reason(StrEnum):
     FAILED_FRACTION = "failed_fraction"
     STALE_WEIGHTS = "stale_weights"
     NO_GROUP = "no_group"
+
+    # --- Servers
+    SERVER_STARTING = "server_starting"
+    SERVER_DIED = "server_died"
+    SERVER_STOPPED = "server_stopped"
+    """A process of its tree is stopped (SIGSTOP, a debugger, `docker pause`, a Slurm suspend)."""
+    SERVER_HUNG = "server_hung"
+    """Requests run, no token comes and no CPU is used; or the scheduler does not answer."""
+    SERVER_SPINNING = "server_spinning"
+    """Requests run and no token comes, while the CPU is busy."""
+    SERVER_UNREACHABLE = "server_unreachable"
+    SERVER_PAUSED = "server_paused"
+    SERVER_RETURNED = "server_returned"
+    """A server that was dead has a process again."""
+    PAUSED_TOO_LONG = "paused_too_long"
+
+    # --- Remedies that failed or ran out
+    START_FAILED = "start_failed"
+    STOP_FAILED = "stop_failed"
+    CANARY_FAILED = "canary_failed"
+    RESYNC_FAILED = "resync_failed"
+    ROLLBACK_FAILED = "rollback_failed"
+    WEIGHTS_UNPROVEN = "weights_unproven"
+    RESTART_BUDGET_SPENT = "restart_budget_spent"
+    NO_CHECKPOINT = "no_checkpoint"
+
+    # --- The trainer and its batches
+    OUTAGE = "outage"
+    """The batch's rollouts overlapped a time in which too few servers could be used."""
+    ROLLOUTS_FAILED = "rollouts_failed"
+    """Batch after batch is refused for failed rollouts."""
+    OLD_ATTEMPT = "old_attempt"
+    """The batch is from before a rollback."""
+    TRAINER_EXITED = "trainer_exited"
+    ROLLED_BACK = "rolled_back"
+
+    # --- People, and the daemon itself
+    OPERATOR_PAUSE = "operator_pause"
+    OPERATOR_RESUME = "operator_resume"
+    OPERATOR_ROLLBACK = "operator_rollback"
+    OPERATOR_RESTART = "operator_restart"
+    OPERATOR_MODE = "operator_mode"
+    UNKNOWN_VERB = "unknown_verb"
+    RECONCILING = "reconciling"
+    """The daemon came back to a held gate and looks at every server before it lets go."""
