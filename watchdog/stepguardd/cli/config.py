@@ -53,14 +53,12 @@ def show(config: File = None, assignments: Assignments = None, json: AsJson = Fa
         fail(str(wrong))
     rows = _rows(loaded)
     if json:
-        print_json(
-            {key: {"value": value, "origin": kind, "place": place} for key, value, kind, place in rows}
-        )
+        told = {key: {"value": value, "origin": kind, "place": place} for key, value, kind, place in rows}
+        print_json(told)
         return
     for key, value, kind, place in rows:
-        typer.echo(
-            f"{key} = {'(not set)' if value is None else toml_value(value)}  ({kind}{': ' + place if place else ''})"
-        )
+        shown = "(not set)" if value is None else toml_value(value)
+        typer.echo(f"{key} = {shown}  ({kind if place in ('', kind) else f'{kind}: {place}'})")
 
 
 @app.command()

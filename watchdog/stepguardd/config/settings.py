@@ -26,6 +26,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from stepguard.settings import GuardSettings as TrainerSettings
 from stepguardd.places import default_run_dir, default_state_dir
 
 
@@ -247,6 +248,10 @@ class GuardSettings(Section):
         description="How many weight versions a rollout may lag behind; older ones count as failed. "
         "0 for synchronous training.",
     )
+
+    def for_trainer(self) -> TrainerSettings:
+        """The same, as the trainer's package defines and writes them."""
+        return TrainerSettings(**self.model_dump())
 
 
 class RewardSettings(Section):
