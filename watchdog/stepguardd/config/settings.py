@@ -64,9 +64,8 @@ class RunSettings(Section):
     )
     state_dir: LocalPath = Field(
         default_factory=lambda data: default_state_dir(data.get("name", "run")),
-        description="The journal and the servers' logs. By default /var/lib/stepguard/<name> where that "
-        "can be "
-        "written, else $XDG_STATE_HOME/stepguard/<name>, else ~/.local/state/stepguard/<name>.",
+        description="The journal and the servers' logs. By default /var/lib/stepguard/<name> where that can "
+        "be written, else $XDG_STATE_HOME/stepguard/<name>, else ~/.local/state/stepguard/<name>.",
         examples=["/var/lib/stepguard/run"],
     )
     mode: Literal["shadow", "hold", "act"] = Field(
@@ -131,8 +130,8 @@ class ServerSettings(Section):
     )
     log: LocalPath | None = Field(
         default=None,
-        description="Where the command's output goes and is read for known signs of trouble. "
-        "By default <state_dir>/servers/<name>.log.",
+        description="Where the command's output goes and is read for known signs of trouble. By default "
+        "<state_dir>/servers/<name>.log.",
         examples=["/var/log/sglang.log"],
     )
     start_timeout_s: Seconds = Field(
@@ -202,9 +201,8 @@ class ProbeSettings(Section):
     )
     planned_lease_s: Seconds = Field(
         default=600,
-        description="A pause, an offload or a weight update that was announced excuses a silent server "
-        "for this "
-        "long, never for ever.",
+        description="A pause, an offload or a weight update that was announced excuses a silent server for "
+        "this long, never for ever.",
     )
 
     @model_validator(mode="after")
@@ -245,8 +243,8 @@ class GuardSettings(Section):
     max_staleness: int = Field(
         default=0,
         ge=0,
-        description="How many weight versions a rollout may lag behind; older ones count as failed. "
-        "0 for synchronous training.",
+        description="How many weight versions a rollout may lag behind; older ones count as failed. 0 for "
+        "synchronous training.",
     )
 
     def for_trainer(self) -> TrainerSettings:
@@ -311,8 +309,7 @@ class StreamSettings(Section):
     wandb_dir: LocalPath | None = Field(
         default=None,
         description="A W&B run folder, or a folder of them (the newest is followed). It is read on this "
-        "disk; "
-        "no account or network is needed.",
+        "disk; no account or network is needed.",
         examples=["wandb"],
     )
     step_key: str | None = Field(
@@ -331,9 +328,8 @@ class RecoverySettings(Section):
     )
     restart_window_s: Seconds = Field(
         default=3600,
-        description="The window. It must be longer than budget × (start + detection) × 1.5, or a server "
-        "that never "
-        "comes up is restarted for ever: `stepguard config check` does the sum.",
+        description="The window. It must be longer than budget × (start + detection) × 1.5, or a server that "
+        "never comes up is restarted for ever: `stepguard config check` does the sum.",
     )
     backoff_first_s: Seconds = Field(
         default=10, description="Wait before the second restart; doubles with each further one."
@@ -366,8 +362,7 @@ class RecoverySettings(Section):
     )
     locked_out_hold_s: Seconds = Field(
         default=1800,
-        description="After this long locked out, with nobody answering, the trainer is told to save and "
-        "stop.",
+        description="After this long locked out, with nobody answering, the trainer is told to save and stop.",
     )
     resync_timeout_s: Seconds = Field(
         default=120, description="The restarted server must have the current weights within this."
@@ -396,9 +391,8 @@ class WeightsSettings(Section):
     )
     path: str | None = Field(
         default=None,
-        description="Where the weights of a version lie, with {version} in its place: then the daemon "
-        "pushes them "
-        "by itself. By default the trainer is asked to.",
+        description="Where the weights of a version lie, with {version} in its place: then the daemon pushes "
+        "them by itself. By default the trainer is asked to.",
         examples=["/srv/weights/{version}"],
     )
 
@@ -436,8 +430,8 @@ class ControlSettings(Section):
 
     allowed_uids: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         default=(),
-        description="User ids allowed besides root and the daemon's own. The socket's group must let them "
-        "in too.",
+        description="User ids allowed besides root and the daemon's own. The socket's group must let them in "
+        "too.",
         examples=[[1000]],
     )
 
@@ -502,9 +496,8 @@ def warnings(config: Config) -> list[str]:
             )
     if probe.kill_after_s < max(probe.deadlock_after_s, probe.spin_after_s):
         found.append(
-            "probe.kill_after_s is shorter than deadlock_after_s or spin_after_s: a server would be "
-            "killed as soon as "
-            "it is suspected"
+            "probe.kill_after_s is shorter than deadlock_after_s or spin_after_s: a server would be killed "
+            "as soon as it is suspected"
         )
     return found
 

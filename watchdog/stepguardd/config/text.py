@@ -26,7 +26,7 @@ _HEAD = """\
 
 
 def default_file() -> Path:
-    """Where the annotated default file lies: inside of an installed wheel, else at the root of the checkout."""
+    """Where the annotated default file lies: in an installed wheel, else at the root of the checkout."""
     package = Path(__file__).parents[1]
     installed = package / "config.toml"
     return installed if installed.exists() else package.parents[1] / "config.toml"
