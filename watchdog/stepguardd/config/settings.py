@@ -362,7 +362,7 @@ class RecoverySettings(Section):
     )
     locked_out_hold_s: Seconds = Field(
         default=1800,
-        description="After this long locked out, with nobody answering, the trainer is told to save and stop.",
+        description="After this long locked out without an answer the trainer is told to save and stop.",
     )
     resync_timeout_s: Seconds = Field(
         default=120, description="The restarted server must have the current weights within this."
