@@ -97,9 +97,7 @@ class Frames:
         self.damaged += 1
 
     def _split(self, data: bytes, at_end: bool) -> list[bytes]:
-        """
-        Cut `data`, which begins at `self.offset`, into records and move the offset behind the last whole one.
-        """
+        """Cut `data`, which begins at `self.offset`, into records; the offset moves behind the last one."""
         base, size = self.offset, len(data)
         records: list[bytes] = []
         parts: list[bytes] = []

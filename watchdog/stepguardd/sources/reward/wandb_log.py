@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from stepguardd.sources.reward.rows import POLL_BYTES, Notes, Position, Row, StreamError, offset_in
+from stepguardd.sources.reward.rows import POLL_BYTES, Notes, Position, Row, offset_in
 from stepguardd.sources.reward.wandb_frames import Frames
 from stepguardd.sources.reward.wandb_records import Exit, Header, Record, RecordParser, Run
 from stepguardd.sources.reward.wire import WireError
@@ -81,9 +81,7 @@ def advice_for(version: str) -> str:
 
 
 class WandbLog:
-    """
-    Follows a run; see `rows.Reader`. A newer run id in a folder of runs is gone over to, and that is said.
-    """
+    """Follows a run; see `rows.Reader`. In a folder of runs it goes over to a newer run id, and says so."""
 
     def __init__(
         self,
@@ -168,8 +166,9 @@ class WandbLog:
         said = []
         torn = self._frames.torn
         if torn:
-            said.append(f"{self._frames.path}: the last {torn} bytes are no whole record (torn or half
-            written)")
+            said.append(
+                f"{self._frames.path}: the last {torn} bytes are no whole record (torn or half written)"
+            )
         if self._exit is None:
             said.append(f"{self._frames.path}: no exit record; the run is still going, or it was killed")
         return tuple(said)
@@ -235,9 +234,7 @@ class WandbLog:
         return True
 
     def _where_it_stood(self, files: list[RunFile]) -> tuple[list[RunFile], int, int]:
-        """
-        Find the file of the stored position among `files`; where it is gone, start at the oldest and say so.
-        """
+        """Find the file of the stored position; where it is gone, start at the oldest and say so."""
         assert self._resume is not None
         name, offset, num = self._resume
         for index, file in enumerate(files):
