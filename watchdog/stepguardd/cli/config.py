@@ -14,7 +14,10 @@ from stepguardd.config.text import as_toml, toml_value
 app = typer.Typer(no_args_is_help=False)
 
 File = Annotated[
-    Path | None, typer.Option("--config", "-c", help="The TOML file. Without it: defaults and environment.")
+    Path | None,
+    typer.Option(
+        "--config", "-c", metavar="FILE", help="The TOML file. Without it: defaults and environment."
+    ),
 ]
 Assignments = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key; may be repeated.")

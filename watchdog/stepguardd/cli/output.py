@@ -4,14 +4,12 @@ What every command prints with, so that all of them fail, report and speak JSON 
 stdout carries the answer; with `--json` it carries JSON and nothing else. Words about it go to stderr.
 """
 
-import json
-import math
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import PurePath
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import typer
+
+from stepguardd.jsontext import to_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,23 +36,8 @@ def say(message: str) -> None:
 
 def print_json(value: object) -> None:
     """One JSON value as one line on stdout; what JSON has no word for (NaN, infinities) becomes null."""
-    sys.stdout.write(json.dumps(jsonable(value), ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.write(to_json(value) + "\n")
     sys.stdout.flush()
-
-
-def jsonable(value: Any) -> Any:
-    """The value with JSON's types only: paths as text, tuples as lists, unknown numbers as null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): jsonable(item) for key, item in value.items()}
-    if isinstance(value, Sequence | set | frozenset):
-        return [jsonable(item) for item in value]
-    if isinstance(value, PurePath):
-        return str(value)
-    raise TypeError(f"{type(value).__name__} has no form in JSON")
 
 
 def console(*, as_json: bool) -> "Console":

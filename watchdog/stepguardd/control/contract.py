@@ -1,0 +1,117 @@
+"""What can be asked of a running daemon and what it answers. Both ends of the control socket share this."""
+
+from collections.abc import Mapping
+from typing import Literal, Protocol, TypedDict
+
+SOCKET_NAME = "control.sock"
+REPLY_BYTES_MAX = 1 << 20
+REQUEST_BYTES_MAX = 64 << 10
+
+Verb = Literal["pause", "resume", "rollback", "restart-server", "ack", "mode"]
+
+
+class Refused(Exception):  # noqa: N818 - a refusal is an answer, not a fault
+    """The daemon understood and will not do it now. The message tells a person why, in one line."""
+
+
+class Daemon(Protocol):
+    """The daemon as the control API sees it."""
+
+    def status(self) -> "StatusDict":
+        """How the run is now. Cheap, and safe to call at any time from the daemon's loop."""
+        ...
+
+    async def ask(self, verb: Verb, who: str, why: str, args: Mapping[str, object]) -> Mapping[str, object]:
+        """
+        Take in a person's wish; return as soon as it is accepted and durable, not when it is done.
+
+        Args:
+            verb: What is wanted.
+            who: The caller, as the kernel vouches for them: "root (uid 0, pid 4711)".
+            why: The reason they gave; may be empty.
+            args: rollback: {"before_step": int | None}; restart-server: {"server": str | None};
+                ack: {"incident": str | None}; mode: {"mode": "shadow" | "hold" | "act"}; else empty.
+
+        Returns:
+            JSON-able facts for the caller; a "message" among them is shown to a person.
+
+        Raises:
+            Refused: it cannot be done now.
+
+        """
+        ...
+
+
+class BreakerDict(TypedDict, total=False):
+    """The breaker: its phase by name, for how long, and the reason code that led there."""
+
+    phase: str
+    since_s: float
+    reason: str
+
+
+class GateDict(TypedDict, total=False):
+    """The order on the gate page."""
+
+    order: str
+    generation: int
+    reason: str
+
+
+class TrainerDict(TypedDict, total=False):
+    """The trainer as its page and its reports show it; null is unknown."""
+
+    alive: bool | None
+    step: int | None
+    attempt: int
+    phase: str
+    reward: float | None
+    weight_version: str | None
+    beat_age_s: float | None
+
+
+class ServerDict(TypedDict, total=False):
+    """One inference server."""
+
+    name: str
+    url: str
+    state: str
+    since_s: float
+    pid: int | None
+    weight_version: str | None
+    restarts: int
+
+
+class IncidentDict(TypedDict, total=False):
+    """The open incident, or the last one where none is open (then stage is "closed")."""
+
+    id: str
+    cause: str
+    onset_step: int | None
+    opened_s: float
+    stage: str
+    actions: list[str]
+
+
+class BudgetDict(TypedDict, total=False):
+    """What may still be tried without a person."""
+
+    restarts_left: int
+
+
+class StatusDict(TypedDict, total=False):
+    """The answer to GET /api/v1/status. A reader must do without any key: daemons have versions."""
+
+    run: str
+    mode: str
+    breaker: BreakerDict
+    gate: GateDict
+    trainer: TrainerDict
+    servers: list[ServerDict]
+    incident: IncidentDict | None
+    budget: BudgetDict
+    rewards: list[float | None]
+    garbage_guarded: int
+    warnings: list[str]
+    version: str
+    uptime_s: float
