@@ -1,0 +1,226 @@
+"""
+The status as a person sees it: 80 columns, at most 24 lines, the worst first, and what to do at the end.
+
+It reads any daemon's answer: what is missing is shown as unknown, what is unheard of as it stands.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from stepguardd.cli.output import one_line
+from stepguardd.control.contract import IncidentDict, ServerDict, StatusDict
+
+WIDTH = 80
+SERVERS_MAX = 6
+ACTIONS_MAX = 3
+WARNINGS_MAX = 2
+SPARKS = "▁▂▃▄▅▆▇█"
+
+# What each phase of the breaker means to a person: a word, a colour, and what to do.
+_PHASES = {
+    "closed": ("GOING", "green", "Nothing."),
+    "half_open": ("ON PROBATION", "yellow", "Nothing: it was repaired and goes on under watch."),
+    "open": ("HELD", "red", ""),
+    "shadow": ("WATCHED ONLY", "cyan", "Nothing is held in this mode; see the warnings."),
+    "forced_open": ("PAUSED BY A PERSON", "magenta", "When you are done: stepguard resume"),
+    "locked_out": (
+        "LOCKED OUT",
+        "red",
+        "Decide: remove the cause and `stepguard resume`, or go back with `stepguard rollback`.",
+    ),
+}
+_SERVER_COLOURS = {
+    "serving": "green",
+    "planned": "cyan",
+    "starting": "yellow",
+    "suspect": "yellow",
+    "restarting": "yellow",
+    "stale": "red",
+    "dead": "red",
+}
+# The worst first, so that a long list is cut where it is well.
+_WORST_FIRST = ("dead", "stale", "restarting", "suspect", "starting", "planned", "serving")
+
+
+def is_well(status: StatusDict) -> bool:
+    """Whether the run goes on with nothing in it known to be dead: exit code 0 or 1."""
+    phase = status.get("breaker", {}).get("phase", "")
+    dead = any(server.get("state") == "dead" for server in status.get("servers", []))
+    return (
+        phase in {"closed", "half_open", "shadow"}
+        and status.get("trainer", {}).get("alive") is not False
+        and not dead
+    )
+
+
+def view(status: StatusDict) -> Group:
+    """The whole picture, for rich to print."""
+    parts: list[Text | Table] = [_headline(status), Text(), _facts(status)]
+    if status.get("servers"):
+        parts += [Text(), *_servers(status["servers"])]
+    incident = status.get("incident")
+    if incident:
+        parts += [Text(), *_incident(incident)]
+    parts += [_line(f"warning: {warning}", "yellow") for warning in status.get("warnings", [])[:WARNINGS_MAX]]
+    parts += [Text(), Text.assemble(("What to do  ", "bold"), _cut(_advice(status), 2 * WIDTH - 14))]
+    return Group(*parts)
+
+
+def _headline(status: StatusDict) -> Text:
+    phase = str(status.get("breaker", {}).get("phase", "unknown"))
+    word, colour, _ = _PHASES.get(phase, (phase.upper(), "red", ""))
+    line = Text.assemble(
+        ("stepguard  ", "bold"), _cut(status.get("run"), 24), "  ", (_cut(word, 20), f"bold {colour}")
+    )
+    right = f"mode {_cut(status.get('mode'), 8)}, up {_span(status.get('uptime_s'))}"
+    line.append(" " * max(1, WIDTH - line.cell_len - len(right)) + right, style="dim")
+    return line
+
+
+def _facts(status: StatusDict) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(width=WIDTH - 12, no_wrap=True, overflow="ellipsis")
+    breaker, gate, trainer = status.get("breaker", {}), status.get("gate", {}), status.get("trainer", {})
+    reason = _cut(breaker.get("reason"), 40)
+    phase = _cut(breaker.get("phase"), 12).replace("_", " ")
+    table.add_row(
+        "Breaker",
+        f"{phase} for {_span(breaker.get('since_s'))}" + (f": {reason}" if breaker.get("reason") else ""),
+    )
+    table.add_row("Gate", f"{_cut(gate.get('order'), 9)} (generation {_cut(gate.get('generation'), 12)})")
+    alive = {True: Text("alive", "green"), False: Text("gone", "bold red")}.get(
+        trainer.get("alive"),  # type: ignore[arg-type]
+        Text("not seen", "yellow"),
+    )
+    words = f", step {_cut(trainer.get('step'), 12)}, {_cut(trainer.get('phase'), 10)}"
+    if trainer.get("attempt"):
+        words += f", attempt {_cut(trainer.get('attempt'), 6)}"
+    if trainer.get("beat_age_s") is not None:
+        words += f", beat {_span(trainer.get('beat_age_s'))} ago"
+    table.add_row("Trainer", Text.assemble(alive, words))
+    table.add_row("Reward", _reward(status))
+    extra = []
+    if status.get("garbage_guarded"):
+        extra.append(f"{_cut(status.get('garbage_guarded'), 10)} bad batches kept out")
+    left = status.get("budget", {}).get("restarts_left")
+    if left is not None:
+        extra.append(f"{_cut(left, 6)} restarts left")
+    if extra:
+        table.add_row("Guarded", ", ".join(extra))
+    return table
+
+
+def _reward(status: StatusDict) -> Text:
+    values = [value if isinstance(value, int | float) else None for value in status.get("rewards") or []]
+    known = [value for value in values if value is not None]
+    last = status.get("trainer", {}).get("reward")
+    if not known:
+        return Text("unknown" if last is None else f"{last:.3g}")
+    now = f"{last:.3g}" if isinstance(last, int | float) else "unknown"
+    line = Text(f"{now}  ")
+    line.append(sparkline(values[-40:]), style="cyan")
+    line.append(f"  {min(known):.3g} to {max(known):.3g}", style="dim")
+    return line
+
+
+def sparkline(values: Sequence[float | None]) -> str:
+    """One character a value, between their least and greatest; an unknown one is a dot."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "·" * len(values)
+    low, span = min(known), max(known) - min(known)
+    return "".join(
+        "·"
+        if value is None
+        else SPARKS[min(int((value - low) / span * len(SPARKS)), len(SPARKS) - 1)]
+        if span
+        else SPARKS[len(SPARKS) // 2]
+        for value in values
+    )
+
+
+def _servers(servers: Sequence[ServerDict]) -> list[Table | Text]:
+    ranked = sorted(servers, key=lambda server: _rank(server.get("state")))
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
+    for title, width in (
+        ("Server", 22),
+        ("State", 10),
+        ("For", 9),
+        ("Weights", 10),
+        ("Restarts", 8),
+        ("Pid", 8),
+    ):
+        table.add_column(title, width=width, no_wrap=True, overflow="ellipsis")
+    for server in ranked[:SERVERS_MAX]:
+        state = _cut(server.get("state"), 10)
+        table.add_row(
+            _cut(server.get("name"), 22),
+            Text(state, _SERVER_COLOURS.get(state, "red")),
+            _span(server.get("since_s")),
+            _cut(server.get("weight_version"), 10),
+            _cut(server.get("restarts"), 8),
+            _cut(server.get("pid"), 8),
+        )
+    rest = ranked[SERVERS_MAX:]
+    if not rest:
+        return [table]
+    well = sum(server.get("state") == "serving" for server in rest)
+    return [table, _line(f"and {len(rest)} more, {well} of them serving", "dim")]
+
+
+def _rank(state: str | None) -> int:
+    return _WORST_FIRST.index(state) if state in _WORST_FIRST else -1
+
+
+def _incident(incident: IncidentDict) -> list[Text]:
+    onset = incident.get("onset_step")
+    since = "" if onset is None else f" since step {_cut(onset, 12)}"
+    head = _line(
+        f"Incident {_cut(incident.get('id'), 14)}: {_cut(incident.get('cause'), 24)}{since}, "
+        f"{_span(incident.get('opened_s'))} ago, {_cut(incident.get('stage'), 14)}",
+        "bold",
+    )
+    actions = incident.get("actions") or []
+    return [head, *(_line(f"- {action}", "") for action in actions[-ACTIONS_MAX:])]
+
+
+def _advice(status: StatusDict) -> str:
+    phase = status.get("breaker", {}).get("phase", "")
+    if status.get("trainer", {}).get("alive") is False and phase in {"closed", "half_open", "shadow"}:
+        return "The trainer is gone: start it again, with STEPGUARD_RUN_DIR set."
+    if phase == "open":
+        if status.get("mode") == "act":
+            return "Nothing yet: Stepguard is repairing it. Watch with: stepguard status --watch"
+        return 'Repair the cause, or let Stepguard: stepguard restart-server, or mode = "act".'
+    return _PHASES.get(phase, ("", "", "This daemon is newer than this command: update it."))[2]
+
+
+def _line(text: str, style: str) -> Text:
+    return Text(_cut(text, WIDTH), style=style, no_wrap=True, overflow="ellipsis")
+
+
+def _cut(value: Any, width: int) -> str:
+    """Text from the daemon, which has it from anywhere: one line, no control characters, at most so wide."""
+    return "-" if value is None else one_line(str(value), width)
+
+
+def _span(seconds: float | None) -> str:
+    """A duration in the one or two units that matter."""
+    if not isinstance(seconds, int | float) or not seconds < 1e12:
+        return "?"
+    if seconds < 10:
+        return f"{max(seconds, 0):.1f} s"
+    whole = int(seconds)
+    for size, unit, smaller, smaller_unit in (
+        (86_400, "d", 3600, "h"),
+        (3600, "h", 60, "min"),
+        (60, "min", 1, "s"),
+    ):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // smaller} {smaller_unit}"
+    return f"{whole} s"
