@@ -1,0 +1,317 @@
+"""
+What a healthy step looks like: its level, its noise, and how likely a value is.
+
+Two models. Rewards that are shares of n rollouts (0/1 rewards) are Beta-binomial: the over-dispersion is estimated,
+because 32 rollouts may be 4 prompts that succeed or fail together. All others have a location and a robust scale and
+Student's t with 8 degrees of freedom. Which one holds is learned from the granularity of the values.
+
+Promises: only values that no test suspects get in; a climb is followed within a few steps and a fall slowly, so that
+a lag makes the tests blinder, never trigger-happy. It does not promise a model for rewards that jump between several
+healthy levels.
+"""
+
+from __future__ import annotations
+
+from math import erfc, exp, lgamma, log, log1p, sqrt
+from typing import NamedTuple
+
+from stepguardd.core.reward.model import Baseline, Learned, RewardConfig
+
+__all__ = [
+    "Model",
+    "absorb",
+    "adopt",
+    "grid_size",
+    "learn",
+    "level_at",
+    "log_any_tie",
+    "log_constant",
+    "model_of",
+    "release",
+]
+
+_FAST_GAIN = 0.15
+_FAST_CORRECTION = (
+    2 - _FAST_GAIN
+) / 2  # variance of an innovation against the fast level, back to one value's
+_NOISE_MEMORY = 60.0
+_SAMPLES = 24
+_LARGEST_GRID = 4096
+_DEGREES = 8.0  # of Student's t
+_LOG_T_PEAK = log(0.3867)
+_SATURATED = 0.97  # allow for three failures in a hundred even where none was seen
+_EXACT = 1e-6  # resolution ascribed to values that come with all their digits
+
+
+class Model(NamedTuple):
+    """The healthy hypothesis for one observation."""
+
+    shares: bool
+    rollouts: float
+    """Shares: rollouts behind the value. Else 0."""
+    effective: float
+    """Shares: rollouts after the over-dispersion, the exponent of the quasi-likelihood."""
+    level: float
+    """The lowest level that still counts as the baseline: one standard error below the estimate."""
+    sigma: float
+    """Standard deviation of one healthy value."""
+    floor: float
+    """What a total loss is measured from."""
+    resolution: float
+    """The step between neighbouring values that can be told apart."""
+
+
+def model_of(config: RewardConfig, baseline: Baseline, learned: Learned, ok: int | None) -> Model | None:
+    """The healthy hypothesis for the next value, or None while too little is known."""
+    if baseline.seen < config.warmup_steps:
+        return None
+    weight = baseline.weight
+    if baseline.rollouts:
+        n = float(ok or baseline.rollouts)
+        p = min(max(baseline.level, 0.5 / (n * weight)), 1 - 0.5 / (n * weight))
+        sigma = sqrt(p * (1 - p) / n * baseline.noise)
+        # A standard error below, but never so low that nothing is left: on few successes the error is relative.
+        error = sigma / sqrt(weight)
+        low = p * exp(-error / p) if error < p else p * 0.37
+        return Model(True, n, n / baseline.noise, min(low, _SATURATED), sigma, 0.0, 1.0 / n)
+    if baseline.noise_weight < config.warmup_steps:
+        return None
+    resolution = max(10.0**-learned.decimals, _EXACT)
+    sigma = sqrt(baseline.noise) + 0.3 * resolution
+    floor = 0.0 if 0.0 <= baseline.low <= 0.5 * baseline.level else baseline.low
+    return Model(False, 0.0, 0.0, baseline.level - sigma / sqrt(weight), sigma, floor, resolution)
+
+
+def log_constant(model: Model, level: float, value: float) -> float:
+    """The log-probability that a batch at `level` scores exactly `value`, for values at or far below that level."""
+    if model.shares:
+        return _log_beta_binomial(model, min(max(level, 1e-9), 1 - 1e-9), value)
+    z = (value - level) / model.sigma
+    density = exp(_LOG_T_PEAK - (_DEGREES + 1) / 2 * log1p(z * z / _DEGREES)) * model.resolution / model.sigma
+    clipped = _normal_tail(z)  # rewards cut off at a floor pile up there
+    return log(min(1.0, density + clipped) + 1e-300)
+
+
+def log_any_tie(model: Model, baseline: Baseline, value: float) -> float:
+    """The log-probability that a healthy value equals the one before, when that was `value`."""
+    z = (value - model.level) / model.sigma if model.sigma > 0 else 0.0
+    modelled = 0.4 * exp(-0.5 * min(z * z, 50.0)) * model.resolution / max(model.sigma, model.resolution)
+    # Never below a twelfth: a log with few decimals, or rewards with few possible values, ties more than modelled.
+    return log(min(0.98, max(modelled, 1.3 * baseline.tie_rate, 0.08)))
+
+
+def absorb(config: RewardConfig, baseline: Baseline, value: float, suspicious: bool) -> Baseline:
+    """The baseline after one more value. Suspicious values wait and get in together once they turn out to be healthy."""
+    (
+        seen,
+        weight,
+        level,
+        fast,
+        noise,
+        noise_weight,
+        rollouts,
+        low,
+        high,
+        last,
+        tie_rate,
+        zero_rate,
+        held,
+        total,
+    ) = baseline
+    if seen == 0:
+        return Baseline(
+            1, 1.0, value, value, noise, noise_weight, rollouts, value, value, value, tie_rate, zero_rate
+        )
+    memory = config.memory_steps
+    gain = 1.0 / (seen + 2.0) if seen < memory else 1.0 / memory
+    tie_rate += gain * ((value == last) - tie_rate)
+    zero_rate += gain * ((value == 0.0) - zero_rate)
+    innovation = value - fast
+    noise, noise_weight = _noise_after(baseline, innovation, value == last)
+    fast += _FAST_GAIN * innovation if seen > 6 else innovation / (seen + 1)
+    if suspicious:
+        held += 1
+        total += value
+    else:
+        if held:
+            keep = (1 - 1 / memory) ** held
+            if weight < memory:
+                keep = weight / (weight + held)
+                weight = min(memory, weight + held)
+            level += (1 - keep) * (total / held - level)
+            held, total = 0, 0.0
+        if weight < memory:
+            weight += 1.0
+        level += (value - level) / weight
+        # Far above its slow self the level is climbing: follow the fast one. (A third of sigma is the latter's error.)
+        sigma2 = noise * max(level * (1 - level), 0.5 / rollouts) / rollouts if rollouts else noise
+        above = fast - level
+        if above > 0 and above * above > 0.5 * sigma2:
+            level += 0.2 * above
+    if value < low:
+        low = value
+    elif value > high:
+        high = value
+    return Baseline(
+        seen + 1,
+        weight,
+        level,
+        fast,
+        noise,
+        noise_weight,
+        rollouts,
+        low,
+        high,
+        value,
+        tie_rate,
+        zero_rate,
+        held,
+        total,
+    )
+
+
+def _noise_after(baseline: Baseline, innovation: float, tie: bool) -> tuple[float, float]:
+    """The noise and its weight after an innovation against the fast level. Outliers count as four sigmas."""
+    noise, weight = baseline.noise, baseline.noise_weight
+    n = baseline.rollouts
+    if n:
+        p = min(max(baseline.fast, 0.5 / n), 1 - 0.5 / n)
+        square = innovation * innovation * _FAST_CORRECTION * n / (p * (1 - p))
+        square = min(square, 16.0 * noise)
+        if weight < _NOISE_MEMORY:
+            weight += 1.0
+        return max(0.25, noise + (square - noise) / weight), weight
+    if tie and weight < 1:  # a constant start says nothing about the noise
+        return noise, weight
+    square = innovation * innovation * _FAST_CORRECTION
+    if weight < 1:
+        return square, 1.0
+    if weight >= 8:
+        square = min(square, 16.0 * noise)
+    if weight < _NOISE_MEMORY:
+        weight += 1.0
+    return noise + (square - noise) / weight, weight
+
+
+def release(baseline: Baseline) -> Baseline:
+    """The baseline without the values that were held back: they turned out to be bad."""
+    return baseline._replace(pending_n=0, pending_sum=0.0)
+
+
+def adopt(baseline: Baseline, level: float, weight: float) -> Baseline:
+    """The baseline at a new level that was accepted as healthy."""
+    return baseline._replace(level=level, fast=level, weight=max(1.0, weight), pending_n=0, pending_sum=0.0)
+
+
+def learn(
+    config: RewardConfig, baseline: Baseline, learned: Learned, step: int, value: float, ok: int | None
+) -> tuple[Baseline, Learned]:
+    """The baseline and the rarely changing knowledge after a healthy value: grid, start and history."""
+    if not learned.decided and value not in learned.samples:
+        baseline, learned = _learn_grid(config, baseline, learned, value, ok)
+    if learned.start_n < config.start_steps:
+        learned = learned._replace(start_n=learned.start_n + 1, start_sum=learned.start_sum + value)
+    history = learned.history
+    if not history or step >= history[-1][0] + learned.stride:
+        history = (*history, (step, baseline.fast))
+        if len(history) > 32:
+            learned = learned._replace(history=history[1::2], stride=learned.stride * 2)
+        else:
+            learned = learned._replace(history=history)
+    return baseline, learned
+
+
+def level_at(learned: Learned, step: int) -> float | None:
+    """The level that the run had at a step, as far as it is remembered."""
+    before = [level for past, level in learned.history if past <= step]
+    return before[-1] if before else None
+
+
+def _learn_grid(
+    config: RewardConfig, baseline: Baseline, learned: Learned, value: float, ok: int | None
+) -> tuple[Baseline, Learned]:
+    named = ok or config.rollouts_per_step
+    if named is not None:
+        return _check_named(baseline, learned, value, named)
+    samples = (*learned.samples, value)
+    decimals = max(learned.decimals, _decimals(value))
+    n = grid_size(samples, decimals, learned.tried)
+    decided = len(samples) >= _SAMPLES or (n < 0 and len(samples) >= 8)
+    learned = learned._replace(
+        samples=() if decided else samples, decimals=decimals, tried=max(learned.tried, n), decided=decided
+    )
+    return _with_rollouts(baseline, max(n, 0)), learned
+
+
+def _check_named(baseline: Baseline, learned: Learned, value: float, named: int) -> tuple[Baseline, Learned]:
+    """The number of rollouts is told (it may change from step to step): are the values shares of it at all?"""
+    decimals = max(learned.decimals, _decimals(value))
+    slack = max(named * 0.51 * 10.0**-decimals, named * 2e-7, 0.01)
+    off_grid = not 0.0 <= value <= 1.0 or abs(value * named - round(value * named)) > slack
+    samples = (*learned.samples, value) if off_grid else learned.samples
+    looked = learned.looked + 1
+    shares = len(samples) <= 0.2 * looked
+    learned = learned._replace(samples=samples, decimals=decimals, looked=looked, decided=looked >= _SAMPLES)
+    return _with_rollouts(baseline, (baseline.rollouts or named) if shares else 0), learned
+
+
+def _with_rollouts(baseline: Baseline, rollouts: int) -> Baseline:
+    """The baseline under another model of its noise; what was learned about the noise starts anew from a prior."""
+    if rollouts == baseline.rollouts:
+        return baseline
+    if rollouts:
+        return baseline._replace(rollouts=rollouts, noise=1.5, noise_weight=8.0)
+    n = baseline.rollouts
+    p = min(max(baseline.level, 0.5 / n), 1 - 0.5 / n)
+    return baseline._replace(rollouts=0, noise=p * (1 - p) / n * baseline.noise, noise_weight=8.0)
+
+
+def grid_size(samples: tuple[float, ...], decimals: int, tried: int) -> int:
+    """
+    The n of which all samples are shares k/n; 0 when that cannot be told yet, -1 when there is none.
+
+    Args:
+        samples: distinct values.
+        decimals: the most decimals that any came with; the rounding is allowed for.
+        tried: the smallest n that is not yet contradicted.
+
+    """
+    if any(v < 0.0 or v > 1.0 for v in samples):
+        return -1
+    inner = [v for v in samples if v not in {0.0, 1.0}]
+    if not inner:
+        return 0
+    slack = max(0.51 * 10.0**-decimals, 2e-7)
+    for n in range(tried, min(_LARGEST_GRID, int(0.25 / slack)) + 1):
+        if all(abs(v * n - round(v * n)) <= n * slack for v in inner):
+            # So coarse a log, or so few values, that chance alone would explain the grid: not told yet.
+            return n if n * (2 * n * slack) ** len(inner) < 0.01 else 0
+    return -1
+
+
+def _decimals(value: float) -> int:
+    text = repr(value)
+    if "e" in text:
+        return 12
+    return min(12, len(text.rpartition(".")[2].rstrip("0")))
+
+
+def _log_beta_binomial(model: Model, p: float, value: float) -> float:
+    n = model.rollouts
+    k = round(value * n)
+    excess = n / model.effective - 1.0  # the over-dispersion above a binomial's
+    if n < 2 or excess < 0.02:
+        if k == 0:
+            return n * log1p(-p)
+        return lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1) + k * log(p) + (n - k) * log1p(-p)
+    rho = min(excess / (n - 1), 0.95)
+    total = 1 / rho - 1
+    a, b = p * total, (1 - p) * total
+    result = lgamma(n - k + b) + lgamma(total) - lgamma(b) - lgamma(n + total)
+    if k:
+        result += lgamma(k + a) - lgamma(a) + lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1)
+    return result
+
+
+def _normal_tail(z: float) -> float:
+    return 0.5 * erfc(-z * 0.7071067811865476)

@@ -1,0 +1,164 @@
+"""
+The reward falls: how much, since when, to what, and is it still falling?
+
+Four cumulative sums of log-likelihood ratios (Page's CUSUM) against named alternatives: half of the reward gone, a
+quarter gone, back at the run's starting level, and next to nothing left. For each, the expected time between false
+alarms on a healthy stream is at least the exponential of its threshold (Lorden). Their healthy hypothesis is the
+cautious end of the baseline, so a lag of the baseline costs delay, not false alarms, and a wobble of less than about
+an eighth never adds up. The fourth takes every legitimate switch as healthy and therefore may hold on its own.
+
+The onset is the maximum-likelihood change point over the values since the suspicion began.
+"""
+
+from __future__ import annotations
+
+from math import log, log1p, sqrt
+from typing import NamedTuple
+
+from stepguardd.core.reward.baseline import Model
+from stepguardd.core.reward.model import Fall, RewardConfig
+
+__all__ = ["NO_FALL", "Segment", "after", "nats", "onset_of", "segment", "start_odds"]
+
+NO_FALL = Fall()
+_TAIL = 64
+_HALF, _QUARTER = 0.5, 0.75
+_GONE, _LEAST = 0.05, 0.3  # near the floor: a twentieth of the level against three tenths
+_SHAPE = 4.5  # (degrees of freedom + 1) / 2 of Student's t with 8
+_DEGREES = 8.0
+
+
+def after(
+    config: RewardConfig, model: Model, start: float | None, fall: Fall, step: int, value: float
+) -> Fall:
+    """
+    The sums after one more finite value.
+
+    Args:
+        config: the settings.
+        model: the healthy hypothesis.
+        start: the run's starting level, None when it is not known or not clearly below the baseline.
+        fall: the sums so far.
+        step: of this observation.
+        value: finite.
+
+    """
+    half, quarter, back, near, tail, active, onset, age = fall
+    top = 1.5 * config.hold_nats
+    if model.shares:
+        n, p = model.effective, model.level
+        # log((1 - fp) / (1 - p)) for each share f of p that is left
+        rest = log1p(-p)
+        lost = 1.0 - value
+        half += n * (value * -0.6931471805599453 + lost * (log1p(-_HALF * p) - rest))
+        quarter += n * (value * -0.2876820724517809 + lost * (log1p(-_QUARTER * p) - rest))
+        near += n * (value * -1.791759469228055 + lost * (log1p(-_GONE * p) - log1p(-_LEAST * p)))
+        if start is not None:
+            s = max(start, 1e-4)
+            back += n * (value * log(s / p) + lost * (log1p(-s) - rest))
+    else:
+        sigma = model.sigma
+        height = (model.level - model.floor) / sigma
+        z = (value - model.level) / sigma
+        half += _student(z, max(_HALF * height, 2.0))
+        quarter += _student(z, max((1 - _QUARTER) * height, 1.5))
+        if height > 8.0:
+            near += _student(z + (1 - _LEAST) * height, (_LEAST - _GONE) * height)
+        if start is not None:
+            back += _student(z, (model.level - start) / sigma)
+    half = 0.0 if half < 0.0 else min(half, top)
+    quarter = 0.0 if quarter < 0.0 else min(quarter, top)
+    near = 0.0 if near < 0.0 else min(near, top)
+    back = 0.0 if back < 0.0 or start is None else min(back, top)
+    if half == quarter == near == back == 0.0:
+        return NO_FALL
+    tail = (*tail, (step, value)) if len(tail) < _TAIL else (*tail[1:], (step, value))
+    return Fall(half, quarter, back, near, tail, active, onset, age + active)
+
+
+def nats(fall: Fall) -> float:
+    """The strongest of the sums that may warn."""
+    return max(fall.half, fall.quarter, fall.start)
+
+
+def _student(z: float, shift: float) -> float:
+    """Log-likelihood ratio of a level `shift` scales lower, under Student's t."""
+    moved = z + shift
+    return _SHAPE * (log1p(z * z / _DEGREES) - log1p(moved * moved / _DEGREES))
+
+
+class Segment(NamedTuple):
+    """The values since the onset."""
+
+    onset: int
+    steps: int
+    level: float
+    """Their mean."""
+    end: float
+    """What a straight line through them says about the last one."""
+    slope: float
+    """Per observation."""
+    trend_nats: float
+    """Evidence for the line over a constant level, in nats."""
+    leaves_at: int
+    """The step at which that line, extended backwards, leaves the baseline."""
+
+
+def onset_of(model: Model, tail: tuple[tuple[int, float], ...]) -> int:
+    """The index in the tail at which the change most likely happened, whatever the level after it."""
+    best, index, total, count = -1.0, len(tail) - 1, 0.0, 0
+    for i in range(len(tail) - 1, -1, -1):
+        total += tail[i][1]
+        count += 1
+        gain = count * _divergence(model, total / count)
+        if gain > best:
+            best, index = gain, i
+    return index
+
+
+def _divergence(model: Model, level: float) -> float:
+    """Nats per observation by which a lower level explains its own mean better than the baseline does."""
+    if level >= model.level:
+        return 0.0
+    if not model.shares:
+        z = (level - model.level) / model.sigma
+        return 0.5 * z * z
+    p, q = model.level, min(max(level, 1e-9), 1 - 1e-9)
+    return model.effective * (q * log(q / p) + (1 - q) * log((1 - q) / (1 - p)))
+
+
+def segment(model: Model, tail: tuple[tuple[int, float], ...]) -> Segment:
+    """The values since the most likely onset: level, trend, and where the fall began. The tail must not be empty."""
+    values = tail[onset_of(model, tail) :]
+    count = len(values)
+    mean = sum(v for _, v in values) / count
+    middle = (count - 1) / 2
+    sxx = count * (count * count - 1) / 12.0
+    slope = sum((i - middle) * v for i, (_, v) in enumerate(values)) / sxx if count > 2 else 0.0
+    sigma2 = _variance(model, mean)
+    trend = 0.5 * slope * slope * sxx / sigma2 if slope < 0 else 0.0
+    end = mean + slope * (count - 1 - middle)
+    leaves = values[0][0]
+    if trend > 5.0:  # the line starts before the point from which the mean explains the rest best
+        back = int((model.level - (mean - slope * middle)) / -slope)
+        steps_each = max(1, (values[-1][0] - values[0][0]) // max(1, count - 1))
+        leaves = max(tail[0][0], values[0][0] - max(0, back) * steps_each)
+    return Segment(values[0][0], count, mean, end, slope, trend, leaves)
+
+
+def _variance(model: Model, level: float) -> float:
+    if not model.shares:
+        return model.sigma * model.sigma
+    p = min(max(level, 0.5 / model.rollouts), 1 - 0.5 / model.rollouts)
+    return p * (1 - p) / model.effective
+
+
+def start_odds(model: Model, part: Segment, start: float, start_n: int) -> float:
+    """
+    How much better "exactly the starting level" explains the segment than "some level on the way down" (a Bayes
+    factor, with every level between floor and baseline equally likely under the latter).
+    """
+    error = sqrt(_variance(model, start) * (1 / part.steps + 1 / start_n))
+    z = (part.level - start) / error
+    width = model.level - model.floor
+    return float(width / error * 0.3989 * 2.718281828459045 ** (-0.5 * z * z))
