@@ -1,1 +1,1 @@
-"""A small, real GRPO trainer and its SGLang-compatible server: the demo, the test bed, the example to copy."""
+"""A small, real GRPO trainer and its SGLang-compatible server: demo, test bed, example to copy."""
