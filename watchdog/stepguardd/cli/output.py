@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, NoReturn
 import typer
 
 from stepguardd.jsontext import to_json
+from stepguardd.oneline import one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-LINE_CHARS_MAX = 2000
 
 
 def fail(message: str) -> NoReturn:
@@ -45,10 +44,3 @@ def console(*, as_json: bool) -> "Console":
     from rich.console import Console  # noqa: PLC0415 - 0.1 s that only a drawing command pays
 
     return Console(stderr=as_json, highlight=False)
-
-
-def one_line(text: str, chars_max: int = LINE_CHARS_MAX) -> str:
-    """Text from anywhere, safe for one line of a terminal: no control characters, no endless length."""
-    flat = " ".join(text.split())
-    safe = "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in flat)
-    return safe if len(safe) <= chars_max else safe[: chars_max - 1] + "…"

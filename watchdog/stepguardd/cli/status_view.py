@@ -11,8 +11,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from stepguardd.cli.output import one_line
 from stepguardd.control.contract import IncidentDict, ServerDict, StatusDict
+from stepguardd.oneline import one_line
 
 WIDTH = 80
 SERVERS_MAX = 6

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import typer
 
-from stepguardd.cli.output import one_line, print_json
+from stepguardd.cli.output import print_json
 from stepguardd.cli.runs import daemon_of
 from stepguardd.control.contract import Verb
+from stepguardd.oneline import one_line
 
 
 def tell(

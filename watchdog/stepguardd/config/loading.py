@@ -19,6 +19,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from stepguardd.config.settings import Config, ServerSettings
+from stepguardd.oneline import one_line
 
 ENV_PREFIX = "STEPGUARD__"
 FILE_BYTES_MAX = 1 << 20
@@ -114,7 +115,7 @@ def read_config(
         ]
         described.sort(key=lambda item: item[0])
         more = f" (and {len(described) - 1} more)" if len(described) > 1 else ""
-        raise ConfigError(described[0][1] + more) from None
+        raise ConfigError(one_line(described[0][1]) + more) from None
     return LoadedConfig(config=config, origins=origins, file=file)
 
 
@@ -338,7 +339,9 @@ def _describe(
     """One error: its place in the order of telling (misspelt keys first, then by line), and its line."""
     path: KeyPath = tuple(error["loc"])
     unknown = error["type"] == "extra_forbidden"
-    origin = next((origins[key] for key in _prefixes(path) if key in origins), None)
+    origin = next((origins[key] for key in _prefixes(path) if key in origins), None) or next(
+        (origins[key] for key in origins if key.startswith(f"{_dotted(path)}.")), None
+    )
     reason = _reason(error)
     about_a_table = error["type"] == "value_error" and (len(path) == 1 or isinstance(path[-1], int))
     line = _line(lines, (*path, reason.split()[0]) if about_a_table else path, single=single)
@@ -355,8 +358,7 @@ def _describe(
         what = f"{key}.{reason}"
     else:
         what = f"{key} {reason}" + _input(error, path)
-    text = " ".join(f"{place}: {what}".split())
-    return (0 if unknown else 1, line or 0), text
+    return (0 if unknown else 1, line or 0), f"{place}: {what}"
 
 
 def _prefixes(path: KeyPath) -> list[str]:

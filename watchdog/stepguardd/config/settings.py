@@ -45,7 +45,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class Section(BaseModel):
     """A table of the configuration: it never changes once read, and knows no key but its own."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RunSettings(Section):
@@ -73,17 +73,21 @@ class RunSettings(Section):
         description='"shadow" only reports what it would have done. "hold" also holds the run before a bad '
         'optimizer step, and reports which restart or rollback it would have made. "act" does those as well.',
     )
+    servers_on_stop: Literal["keep", "stop"] = Field(
+        default="keep",
+        description='What becomes of the servers with backend "process" when the daemon is stopped: "keep" '
+        'leaves them running for the next daemon to take up again, "stop" ends them with it.',
+    )
 
-    @field_validator("run_dir")
-    @classmethod
-    def _sockets_fit(cls, run_dir: Path) -> Path:
+    @model_validator(mode="after")
+    def _sockets_fit(self) -> Self:
         """A Unix socket's address holds 107 bytes, and the kernel's own error would not say so."""
-        longest = os.fsencode(run_dir / "control.sock")
+        longest = os.fsencode(self.run_dir / "control.sock")
         if len(longest) > 107:
             raise ValueError(
-                f"is {len(longest) - 107} bytes too long for the sockets in it; choose a shorter one"
+                f"run_dir is {len(longest) - 107} bytes too long for the sockets in it; choose a shorter one"
             )
-        return run_dir
+        return self
 
 
 class ServerSettings(Section):
