@@ -2,8 +2,8 @@
 Admission: the verdict on a batch that needs nobody else.
 
 Promise: pure functions. A failed member (aborted, stale, or with a reward that is missing or not finite) is
-outside the mask, and outside every mean and standard deviation; it is never a 0 among the others. The mask never
-has more members than live ones, and the shape of the batch stays.
+outside the mask, and outside every mean and standard deviation; it is never a 0 among the others. The mask
+never has more members than live ones, and the shape of the batch stays.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from enum import StrEnum
 from typing import Any
 
 from stepguard.isolation import Aborted
-from stepguard.reports import RewardStats
+from stepguard.reports import RewardStats, number
 
 
 class Refusal(StrEnum):
@@ -59,6 +59,61 @@ class Admission:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """
+    Numbers in a form that adds up over ranks.
+
+    Args:
+        count: how many.
+        mean: their mean, 0.0 of none.
+        squares: the sum of their squared distances from the mean.
+        least: the least.
+        greatest: the greatest.
+
+    """
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+    least: float = math.inf
+    greatest: float = -math.inf
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of these."""
+        if not values:
+            return cls()
+        mean = math.fsum(values) / len(values)
+        squares = math.fsum((value - mean) ** 2 for value in values)
+        return cls(count=len(values), mean=mean, squares=squares, least=min(values), greatest=max(values))
+
+    def __add__(self, other: Spread) -> Spread:
+        count = self.count + other.count
+        if count == 0:
+            return self
+        apart = other.mean - self.mean
+        return Spread(
+            count=count,
+            mean=self.mean + apart * other.count / count,
+            squares=self.squares + other.squares + apart**2 * self.count * other.count / count,
+            least=min(self.least, other.least),
+            greatest=max(self.greatest, other.greatest),
+        )
+
+    def stats(self) -> RewardStats | None:
+        """Mean, population standard deviation, least and greatest; None of none."""
+        if self.count == 0:
+            return None
+        spread = math.sqrt(self.squares / self.count)
+        return {
+            "mean": number(self.mean),
+            "std": number(spread),
+            "min": number(self.least),
+            "max": number(self.greatest),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tally:
     """
     A batch in numbers; they add up over ranks.
@@ -68,7 +123,10 @@ class Tally:
         failed: members that did, stale ones included.
         stale: members generated with weights that are too old or unknown.
         kept: members in the mask.
-        unkept_by_group: members that did not fail and went with their group.
+        lone: members that did not fail and went with their group.
+        dropped_groups: groups left with fewer than two live members.
+        rewards: of the members that did not fail.
+        weight_versions: how many members were generated with which; those without a version are left out.
 
     """
 
@@ -76,16 +134,26 @@ class Tally:
     failed: int
     stale: int
     kept: int
-    unkept_by_group: int
+    lone: int
+    dropped_groups: int
+    rewards: Spread
+    weight_versions: Counter[str]
 
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(
-            ok=self.ok + other.ok,
-            failed=self.failed + other.failed,
-            stale=self.stale + other.stale,
-            kept=self.kept + other.kept,
-            unkept_by_group=self.unkept_by_group + other.unkept_by_group,
-        )
+
+def total(shares: Sequence[Tally]) -> Tally:
+    """The tally of a batch that lies on several ranks."""
+    if len(shares) == 1:
+        return shares[0]
+    return Tally(
+        ok=sum(share.ok for share in shares),
+        failed=sum(share.failed for share in shares),
+        stale=sum(share.stale for share in shares),
+        kept=sum(share.kept for share in shares),
+        lone=sum(share.lone for share in shares),
+        dropped_groups=sum(share.dropped_groups for share in shares),
+        rewards=sum((share.rewards for share in shares), start=Spread()),
+        weight_versions=sum((share.weight_versions for share in shares), start=Counter()),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,9 +164,6 @@ class Verdict:
     mask: tuple[bool, ...]
     rewards: tuple[float | None, ...] | None
     group_ids: tuple[Hashable, ...] | None
-    dropped_groups: int
-    reward: RewardStats | None
-    weight_versions: dict[str, int]
 
 
 def judge(
@@ -150,29 +215,29 @@ def judge(
             failed=len(members) - sum(alive),
             stale=sum(old and not gone for gone, old in zip(aborted, stale, strict=True)),
             kept=sum(mask),
-            unkept_by_group=sum(alive) - sum(by_group),
+            lone=sum(alive) - sum(by_group),
+            dropped_groups=dropped,
+            rewards=Spread.of(live),
+            weight_versions=Counter(str(version) for version in versions or () if version is not None),
         ),
         mask=tuple(mask),
         rewards=None
         if values is None
         else tuple(value if kept else None for value, kept in zip(values, mask, strict=True)),
         group_ids=None if groups is None else tuple(groups),
-        dropped_groups=dropped,
-        reward=reward_stats(live),
-        weight_versions=dict(Counter(str(version) for version in versions or () if version is not None)),
     )
 
 
-def refusal(tally: Tally, *, max_failed_fraction: float) -> Refusal | None:
+def refusal(tally: Tally, max_failed_fraction: float) -> Refusal | None:
     """The fuse: whether a batch with these numbers is refused, and why."""
-    total = tally.ok + tally.failed
-    if total == 0:
+    members = tally.ok + tally.failed
+    if members == 0:
         return Refusal.EMPTY
-    if tally.failed > max_failed_fraction * total:
+    if tally.failed > max_failed_fraction * members:
         others = tally.failed - tally.stale
-        return Refusal.FAILED_FRACTION if others > max_failed_fraction * total else Refusal.STALE_WEIGHTS
+        return Refusal.FAILED_FRACTION if others > max_failed_fraction * members else Refusal.STALE_WEIGHTS
     if tally.kept == 0:
-        return Refusal.NO_GROUP if tally.unkept_by_group == tally.ok else Refusal.NOT_DIVISIBLE
+        return Refusal.NO_GROUP if tally.lone == tally.ok else Refusal.NOT_DIVISIBLE
     return None
 
 
@@ -212,15 +277,6 @@ def group_advantages(
         for index, value in zip(indices, values, strict=True):
             out[index] = (value - mean) / (spread + epsilon) if scale else value - mean
     return out
-
-
-def reward_stats(values: Sequence[float]) -> RewardStats | None:
-    """Mean, population standard deviation, least and greatest; None of nothing."""
-    if not values:
-        return None
-    mean = math.fsum(values) / len(values)
-    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
-    return {"mean": mean, "std": spread, "min": min(values), "max": max(values)}
 
 
 def leaves(items: Iterable[Any]) -> Iterable[Any]:

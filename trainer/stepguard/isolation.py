@@ -1,10 +1,10 @@
 """
 Isolation: one failed trajectory costs one trajectory.
 
-Promise: every awaitable ends as its result or as `Aborted(exception)`, in its place. Where results fan out into
-lists, a failed one becomes a list as well. All start at once, as in `asyncio.gather`; nothing is throttled,
-retried or scored. Cancelling the caller cancels every child and waits for it. The real traceback is logged once
-per distinct error, whatever the number of trajectories that met it.
+Promise: every awaitable ends as its result or as `Aborted(exception)`, in its place. Where results fan out
+into lists, a failed one becomes a list as well. All start at once, as in `asyncio.gather`; nothing is
+throttled, retried or scored. Cancelling the caller cancels every child and waits for it. The real traceback
+is logged once per distinct error, whatever the number of trajectories that met it.
 
 Not promised: a time limit. A trajectory that never ends keeps the batch, as it would without the guard.
 """
@@ -45,15 +45,16 @@ class FailureLog:
         self._logger = logger
         self._seen: Counter[tuple[str, str]] = Counter()
 
-    def note(self, error: BaseException) -> None:
-        """Log the error if no such one was seen before."""
+    def note(self, error: BaseException, what: str = "a trajectory") -> None:
+        """Log the error if no such one was seen before; `what` failed with it."""
         key = (type(error).__qualname__, _raised_at(error))
         if key not in self._seen and len(self._seen) >= _DISTINCT_MAX:
             return
         self._seen[key] += 1
         if self._seen[key] == 1:
             self._logger.error(
-                "a trajectory failed with %s at %s; the next ones like it are only counted",
+                "%s failed with %s at %s; the next ones like it are not logged",
+                what,
                 *key,
                 exc_info=(type(error), error, error.__traceback__),
             )
@@ -213,3 +214,8 @@ def _raised_at(error: BaseException) -> str:
     while trace.tb_next is not None:
         trace = trace.tb_next
     return f"{os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}"  # noqa: PTH119 - a name, no path
+
+
+def makes_coroutines(function: object) -> bool:
+    """Whether calling it would only make a coroutine."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)

@@ -18,7 +18,7 @@ import os
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final, Literal, TypedDict, cast
+from typing import Any, Final, Literal, NotRequired, TypedDict, cast
 
 WIRE_VERSION: Final = 1
 REPORT_BYTES_MAX: Final = 65_536
@@ -51,7 +51,12 @@ class Hello(TypedDict):
 
 
 class Batch(TypedDict):
-    """A batch asks for its verdict. `weight_versions` counts rollouts, save those without a version."""
+    """
+    A batch asks for its verdict.
+
+    `weight_versions` counts rollouts, save those without a version. `began` is the CLOCK_MONOTONIC second
+    before which none of its rollouts was sent: a batch that overlapped an outage is not to be trusted.
+    """
 
     v: int
     kind: Literal["batch"]
@@ -65,6 +70,7 @@ class Batch(TypedDict):
     weight_versions: dict[str, int]
     stale: int
     refused: str | None
+    began: NotRequired[Number | None]
 
 
 class Step(TypedDict):
@@ -153,6 +159,11 @@ def parse_report(datagram: bytes) -> Report:
             raise BadReport(f"{kind}.{name}: missing")
         if not valid(found[name]):
             raise BadReport(f"{kind}.{name}: ill-typed or out of range")
+    optional = _OPTIONAL.get(str(kind), {})
+    for name, valid in optional.items():
+        if not valid(found.setdefault(name, None)):
+            raise BadReport(f"{kind}.{name}: ill-typed or out of range")
+    fields = {**fields, **optional}
     report = {"v": WIRE_VERSION, "kind": kind} | {name: found[name] for name in fields}
     return cast("Report", report)
 
@@ -323,3 +334,4 @@ _FIELDS: Final[dict[str, dict[str, Callable[[object], bool]]]] = {
     },
     "call_failed": {"attempt": _count, "what": _text, "error": _text},
 }
+_OPTIONAL: Final[dict[str, dict[str, Callable[[object], bool]]]] = {"batch": {"began": _or_null(_number)}}
