@@ -1,8 +1,8 @@
 """
 Stepguard inside the training process: the gate before each optimizer step.
 
-Standard library only, by promise: installing it brings nothing into a training environment. Names are imported
-on first use, so that `import stepguard` costs next to nothing.
+Standard library only, by promise: installing it brings nothing into a training environment. Names are
+imported on first use, so that `import stepguard` costs next to nothing.
 """
 
 from typing import TYPE_CHECKING

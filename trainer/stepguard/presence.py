@@ -46,9 +46,10 @@ class Presence:
         return self._waiting > 0
 
     def beat(self) -> None:
-        """The process lives."""
+        """The process lives; and how far its loop has come."""
         self.beats += 1
         self._link.out_words[BEATS_WORD] = self.beats
+        self._link.out_words[PROGRESS_WORD] = self.progress
 
     def progressed(self) -> None:
         """The loop works."""
