@@ -155,12 +155,14 @@ class Journal:
             raise JournalError(f"{self.path}: its file system offers no WAL; put state_dir on a local disk")
         db.execute("PRAGMA synchronous=FULL")
         if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
-            db.executescript("BEGIN;" + _SCHEMA + f"INSERT INTO meta VALUES ('version', '{VERSION}'); COMMIT;")
-        version = int(db.execute("SELECT value FROM meta WHERE key = 'version'").fetchone()[0])
+            db.executescript("BEGIN;" + _SCHEMA + "COMMIT;")
+            db.execute("INSERT INTO meta VALUES ('version', ?)", (str(VERSION),))
+        row = db.execute("SELECT value FROM meta WHERE key = 'version'").fetchone()
+        version = VERSION if row is None else int(row[0])
         if version > VERSION:
             raise JournalError(
-                f"{self.path}: written by a newer version (layout {version}, this one reads up to {VERSION}); "
-                "install that version, or move the file aside"
+                f"{self.path}: written by a newer version (layout {version}, this one reads up to "
+                f"{VERSION}); install that version, or move the file aside"
             )
 
     def restore(self) -> Restored:
@@ -185,12 +187,14 @@ class Journal:
         return Restored(
             state=state,
             after=tuple(self.read(after=newest[0])),
-            unfinished=unfinished,  # type: ignore[arg-type] - the intents table holds effects alone
+            unfinished=tuple(
+                effect for effect in unfinished if not isinstance(effect, commands_without_intent)
+            ),
             boot_id=before,
         )
 
     def read(self, *, after: int = 0) -> Iterator[Recorded]:
-        """The decisions after a row, in order. Call it before `start`, or on a journal opened for this alone."""
+        """The decisions after a row, in order. Only before `start`: then the writer owns the database."""
         rows = self._db.execute(
             "SELECT seq, at, wall, kind, body, commands FROM events WHERE seq > ? ORDER BY seq", (after,)
         )

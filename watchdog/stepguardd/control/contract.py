@@ -17,8 +17,8 @@ class Refused(Exception):  # noqa: N818 - a refusal is an answer, not a fault
 class Daemon(Protocol):
     """The daemon as the control API sees it."""
 
-    def status(self) -> "StatusDict":
-        """How the run is now. Cheap, and safe to call at any time from the daemon's loop."""
+    def status(self) -> Mapping[str, object]:
+        """How the run is now, as a `StatusDict`. Cheap, and safe to call at any time from the daemon's loop."""
         ...
 
     async def ask(self, verb: Verb, who: str, why: str, args: Mapping[str, object]) -> Mapping[str, object]:

@@ -70,8 +70,6 @@ class FindCheckpoint:
     intent: str
     before_step: int
 
-    __slots__ = ()
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Notify:

@@ -15,6 +15,7 @@ from . import budget, fleet, recovery, reward
 from .breaker import Phase, Trigger, move
 from .commands import Command, FindCheckpoint, PublishGate
 from .events import (
+    Answer,
     BatchReported,
     CheckpointSaved,
     DaemonStarted,
@@ -24,7 +25,6 @@ from .events import (
     OrderAcknowledged,
     ProcessExited,
     RewardLogged,
-    SchedulerProbed,
     ServerProbed,
     StepCommitted,
     Tick,
@@ -70,7 +70,7 @@ def decide(state: State, event: Event, now: float) -> tuple[State, tuple[Command
     turn = Turn(state, now)
     _take_in(turn, event)
     _settle(turn)
-    return turn.state, tuple(turn.commands)
+    return turn.finish()
 
 
 def _take_in(turn: Turn, event: Event) -> None:
@@ -83,7 +83,7 @@ def _take_in(turn: Turn, event: Event) -> None:
             _on_step(turn, event)
         case TrainerSeen():
             _on_trainer(turn, event)
-        case ServerProbed() | TreeSampled() | SchedulerProbed() | ProcessExited() | TreeSeen():
+        case ServerProbed() | TreeSampled() | ProcessExited() | TreeSeen():
             _on_server(turn, event)
         case EffectEnded():
             _on_effect(turn, event)
@@ -108,9 +108,7 @@ def _take_in(turn: Turn, event: Event) -> None:
 # ---- servers ---------------------------------------------------------------------------------------
 
 
-def _on_server(
-    turn: Turn, event: ServerProbed | TreeSampled | SchedulerProbed | ProcessExited | TreeSeen
-) -> None:
+def _on_server(turn: Turn, event: ServerProbed | TreeSampled | ProcessExited | TreeSeen) -> None:
     server = turn.server(event.server)
     if server is None:
         return
@@ -119,8 +117,6 @@ def _on_server(
             server, suspicion = fleet.probed(server, event, turn.state.trainer, turn.state.settings, turn.now)
         case TreeSampled():
             server, suspicion = fleet.sampled(server, event, turn.now)
-        case SchedulerProbed():
-            server, suspicion = fleet.scheduler_probed(server, event)
         case ProcessExited():
             server, suspicion = fleet.process_exited(server, event)
         case TreeSeen():
@@ -145,7 +141,7 @@ def _never_started(server: Server) -> bool:
 
 def _first_word(turn: Turn, server: Server, event: ServerProbed) -> None:
     """A server that was running before the daemon came is taken as it is: its run is not held to look."""
-    if server.state is ServerState.STARTING and server.repair is None and event.model_info is fleet.Answer.OK:
+    if server.state is ServerState.STARTING and server.repair is None and event.model_info is Answer.OK:
         turn.put(server.move(ServerState.SERVING, turn.now, None))
 
 
@@ -241,7 +237,7 @@ def _on_batch(turn: Turn, event: BatchReported) -> None:
     )
     turn.commands.append(PublishGate(gate=turn.state.gate))
     if not ok and refusal is not None:
-        turn.count(refused=1)
+        turn.count("refused_batches")
         turn.note("refused", refusal, f"batch of step {event.step} refused: {refusal.value}")
 
 
@@ -266,7 +262,7 @@ def _reward_verdict(turn: Turn, event: BatchReported) -> Reason | None:
         return None
     spread = None
     if event.reward_std is not None and event.reward_min is not None and event.reward_max is not None:
-        spread = (event.reward_std, event.reward_min, event.reward_max)
+        spread = reward.Spread(event.reward_std, event.reward_min, event.reward_max)
     seen = reward.Observation(
         attempt=event.attempt,
         step=event.step,
@@ -274,23 +270,42 @@ def _reward_verdict(turn: Turn, event: BatchReported) -> Reason | None:
         ok=event.ok,
         failed=event.failed,
         spread=spread,
+        metrics=turn.state.metrics,
+        witnesses=_witnesses(turn.state),
     )
+    return _judge(turn, seen)
+
+
+def _judge(turn: Turn, seen: reward.Observation) -> Reason | None:
+    """Put one observation to the reward tests; a hold trips, and its reason is returned."""
     judge, verdict = reward.observe(turn.state.settings.reward, turn.state.reward, seen)
     turn.state = replace(turn.state, reward=judge)
+    if verdict.recovered and turn.state.mode is Mode.SHADOW:
+        turn.state = replace(turn.state, trip=None)
     if verdict.level is reward.Level.WARN:
-        turn.note("warning", verdict.reason, f"step {event.step}: {verdict.reason.value}")
+        turn.note("warning", verdict.reason, f"step {seen.step}: {verdict.reason.value}")
     if verdict.level is not reward.Level.HOLD:
         return None
-    onset = verdict.onset_step if verdict.onset_step is not None else event.step
-    _trip(
-        turn,
-        verdict.reason,
-        kind=verdict.kind.value,
-        step=event.step,
-        onset=onset,
-        evidence=verdict.evidence,
-    )
+    if turn.state.trip is None:
+        onset = verdict.onset_step if verdict.onset_step is not None else seen.step
+        _trip(
+            turn,
+            verdict.reason,
+            kind=verdict.kind.value,
+            step=seen.step,
+            onset=onset,
+            evidence=verdict.evidence,
+        )
     return verdict.reason
+
+
+def _witnesses(state: State) -> frozenset[reward.Witness]:
+    """What the servers say beside a reward."""
+    if any(server.state is ServerState.STALE for server in state.servers):
+        return frozenset({reward.Witness.WEIGHTS_SUSPECT})
+    if not _healthy(state):
+        return frozenset({reward.Witness.SERVER_UNHEALTHY})
+    return frozenset({reward.Witness.SERVERS_HEALTHY}) if state.servers else frozenset()
 
 
 def _on_step(turn: Turn, event: StepCommitted) -> None:
@@ -300,6 +315,7 @@ def _on_step(turn: Turn, event: StepCommitted) -> None:
         state,
         trainer=replace(state.trainer, committed_step=event.step),
         rewards=(*state.rewards, event.reward)[-REWARDS_KEPT:],
+        metrics=event.metrics,
         probation_left=probation,
     )
     if state.phase is Phase.HALF_OPEN and probation == 0:
@@ -310,20 +326,15 @@ def _on_logged(turn: Turn, event: RewardLogged) -> None:
     """A logged stream judges only a run whose trainer does not report by itself."""
     if turn.state.trainer.pid is not None:
         return
-    seen = reward.Observation(attempt=0, step=event.step, value=event.reward, metrics=event.metrics)
-    judge, verdict = reward.observe(turn.state.settings.reward, turn.state.reward, seen)
-    rewards = (*turn.state.rewards, event.reward)[-REWARDS_KEPT:]
-    turn.state = replace(turn.state, reward=judge, rewards=rewards)
-    if verdict.level is reward.Level.HOLD and turn.state.trip is None:
-        onset = verdict.onset_step if verdict.onset_step is not None else event.step
-        _trip(
-            turn,
-            verdict.reason,
-            kind=verdict.kind.value,
-            step=event.step,
-            onset=onset,
-            evidence=verdict.evidence,
-        )
+    turn.state = replace(turn.state, rewards=(*turn.state.rewards, event.reward)[-REWARDS_KEPT:])
+    seen = reward.Observation(
+        attempt=0,
+        step=event.step,
+        value=event.reward,
+        metrics=event.metrics,
+        witnesses=_witnesses(turn.state),
+    )
+    _judge(turn, seen)
 
 
 # ---- trips -----------------------------------------------------------------------------------------
@@ -433,7 +444,7 @@ def _rolled_back(turn: Turn, rollback: Rollback, ok: bool, detail: str) -> None:
         turn.note("call", Reason.ROLLBACK_FAILED, f"the trainer could not roll back: {detail}")
         recovery.lock_out(turn, None, Reason.ROLLBACK_FAILED)
         return
-    turn.count(rollbacks=1)
+    turn.count("rollbacks")
     turn.note("action", rollback.reason, f"rolled back to step {rollback.target_step}")
     trip = turn.state.trip
     turn.state = replace(
@@ -491,7 +502,7 @@ def _resume(turn: Turn, by: str) -> None:
         _to(turn, Trigger.RELEASE)
         if state.mode is Mode.SHADOW:
             _to(turn, Trigger.SHADOW_ON)
-    judge = state.reward if state.trip is None else reward.start(state.settings.reward)
+    judge = state.reward if state.trip is None else reward.acknowledge(state.reward)
     turn.state = replace(
         turn.state, pause=None, lockout=None, trip=None, rollback=None, retries=budget.Budget(), reward=judge
     )
@@ -716,9 +727,8 @@ def _close_incident(turn: Turn) -> None:
     if incident is None:
         return
     turn.note("resolved", incident.reason, "the run is well again")
-    incident = turn.state.incident
-    assert incident is not None
     turn.state = replace(turn.state, incident=None, last_incident=replace(incident, closed_at=turn.now))
+    turn.closed = True
 
 
 def _to(turn: Turn, trigger: Trigger) -> None:

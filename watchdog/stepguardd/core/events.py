@@ -80,14 +80,6 @@ class ServerProbed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerProbed:
-    """A request that needs the scheduler (`/server_info`): answered while paused, hangs when frozen."""
-
-    server: str
-    answer: Answer
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerSeen:
     """The trainer's half of the gate page, read at an interval."""
 
@@ -208,7 +200,6 @@ Event = (
     | ProcessExited
     | TreeSampled
     | ServerProbed
-    | SchedulerProbed
     | TrainerSeen
     | TrainerExited
     | BatchReported

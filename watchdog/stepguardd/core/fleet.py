@@ -12,7 +12,7 @@ against a server, never for it: they answer 200 with a frozen scheduler.
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from .events import Answer, Proc, ProcessExited, SchedulerProbed, ServerProbed, TreeSampled
+from .events import Answer, Proc, ProcessExited, ServerProbed, TreeSampled
 from .reasons import Reason
 from .state import Server, ServerState, Settings, Trainer
 
@@ -137,13 +137,6 @@ def current(served: str | None, held: str | None, max_staleness: int) -> bool:
     if max_staleness and served.isdecimal() and held.isdecimal():
         return 0 <= int(held) - int(served) <= max_staleness
     return False
-
-
-def scheduler_probed(server: Server, event: SchedulerProbed) -> Judged:
-    """A request through the scheduler went unanswered: paused servers answer it, frozen ones do not."""
-    if event.answer is Answer.TIMEOUT:
-        return server, Suspicion(reason=Reason.SERVER_HUNG, remedy=Remedy.WATCH)
-    return server, None
 
 
 def ticked(server: Server, settings: Settings, now: float) -> Judged:

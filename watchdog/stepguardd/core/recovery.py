@@ -75,7 +75,7 @@ def restart(turn: Turn, server: Server, reason: Reason) -> None:
     )
     server = replace(server, repair=repair).move(ServerState.RESTARTING, now, reason)
     turn.put(server)
-    turn.count(restarts=1)
+    turn.count("restarts")
     turn.note("action", reason, f"restarting {server.name}: {reason.value}")
     assert repair.intent is not None
     turn.commands.append(StopServer(intent=repair.intent, server=server.name, procs=server.procs))
@@ -150,7 +150,7 @@ def acknowledged(turn: Turn, server: Server, event: OrderAcknowledged) -> None:
     repair = replace(repair, resync_generation=None, changed=True, resynced_at=turn.now)
     server = replace(server, repair=repair)
     turn.put(server)
-    turn.count(resyncs=1)
+    turn.count("resyncs")
     turn.note("action", repair.cause, f"weights of {server.name} re-synced by the trainer")
     if server.weight_version is None or turn.state.trainer.weight_version is None:
         _serve(turn, server)
@@ -388,7 +388,7 @@ def _push_ended(turn: Turn, server: Server, repair: Repair, event: EffectEnded) 
     server = replace(server, repair=repair)
     turn.put(server)
     if event.ok:
-        turn.count(resyncs=1)
+        turn.count("resyncs")
         turn.note("action", repair.cause, f"weights of {server.name} pushed from disk: {event.detail}")
         _serve(turn, replace(server, weight_version=turn.state.trainer.weight_version))
 

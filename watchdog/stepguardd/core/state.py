@@ -6,10 +6,12 @@ again.
 Times are seconds of the machine's monotonic clock, which outlives the daemon but not a reboot.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from . import reward
+from .reward import RewardConfig, RewardState
+from .reward import start as start_judging
 from .breaker import Phase
 from .budget import Budget
 from .events import Proc
@@ -103,7 +105,7 @@ class Settings:
     start_timeout_s: float = 600.0
     stop_timeout_s: float = 20.0
     push_weights: bool = False
-    reward: reward.RewardConfig = field(default_factory=reward.RewardConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,7 +286,7 @@ class State:
 
     settings: Settings
     mode: Mode
-    reward: reward.RewardState
+    reward: RewardState
     phase: Phase = Phase.CLOSED
     phase_since: float = 0.0
     servers: tuple[Server, ...] = ()
@@ -305,6 +307,7 @@ class State:
     last_incident: Incident | None = None
     checkpoints: tuple[Saved, ...] = ()
     rewards: tuple[float | None, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
     refused_batches: int = 0
 
 
@@ -315,5 +318,5 @@ def initial(settings: Settings, mode: Mode, servers: tuple[Server, ...]) -> Stat
         mode=mode,
         phase=Phase.SHADOW if mode is Mode.SHADOW else Phase.CLOSED,
         servers=servers,
-        reward=reward.start(settings.reward),
+        reward=start_judging(settings.reward),
     )

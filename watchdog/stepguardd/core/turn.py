@@ -4,6 +4,7 @@ One call of `decide` in the making: the state so far and the commands so far.
 It lives for one call and is seen by nobody outside, so `decide` stays a function of its arguments.
 """
 
+from collections import Counter
 from dataclasses import replace
 
 from .commands import Command, Notify
@@ -14,12 +15,15 @@ from .state import ACTIONS_KEPT, Incident, Mode, Server, State
 class Turn:
     """The next state and its commands, while they are being worked out."""
 
-    __slots__ = ("commands", "now", "state")
+    __slots__ = ("_counts", "_notes", "closed", "commands", "now", "state")
 
     def __init__(self, state: State, now: float) -> None:
         self.state = state
         self.now = now
         self.commands: list[Command] = []
+        self.closed = False
+        self._notes: list[tuple[str, Reason, str]] = []
+        self._counts: Counter[str] = Counter()
 
     def server(self, name: str) -> Server | None:
         """The server of that name; None for one that the config no longer has."""
@@ -27,6 +31,8 @@ class Turn:
 
     def put(self, server: Server) -> None:
         """Keep a server's next value."""
+        if server is self.server(server.name):
+            return
         servers = tuple(server if old.name == server.name else old for old in self.state.servers)
         self.state = replace(self.state, servers=servers)
 
@@ -41,26 +47,43 @@ class Turn:
         return self.state.mode is Mode.ACT or reason is Reason.OPERATOR_RESTART
 
     def note(self, what: str, reason: Reason, text: str) -> None:
-        """Tell people, and keep it in the open incident."""
-        incident = self.state.incident
-        if incident is not None:
-            actions = (*incident.actions, text)[-ACTIONS_KEPT:]
-            self.state = replace(self.state, incident=replace(incident, actions=actions))
-        number = None if incident is None else incident.number
-        self.commands.append(Notify(incident=number, what=what, reason=reason.value, text=text))
+        """Tell people, and keep it in the incident that is open at the end of this call."""
+        self._notes.append((what, reason, text))
 
-    def count(self, *, restarts: int = 0, resyncs: int = 0, rollbacks: int = 0, refused: int = 0) -> None:
-        """Add to the open incident's figures."""
-        incident: Incident | None = self.state.incident
-        if incident is None:
-            return
-        self.state = replace(
-            self.state,
-            incident=replace(
-                incident,
-                restarts=incident.restarts + restarts,
-                resyncs=incident.resyncs + resyncs,
-                rollbacks=incident.rollbacks + rollbacks,
-                refused_batches=incident.refused_batches + refused,
-            ),
+    def count(self, figure: str) -> None:
+        """Add one to a figure of that incident: restarts, resyncs, rollbacks or refused_batches."""
+        self._counts[figure] += 1
+
+    def finish(self) -> tuple[State, tuple[Command, ...]]:
+        """
+        The outcome: notes and figures laid at the incident's door.
+
+        Only now is it known whether this call opened one, or closed the one that was open.
+        """
+        if self._notes or self._counts:
+            incident = self.state.last_incident if self.closed else self.state.incident
+            number = None if incident is None else incident.number
+            # An incident is told from its beginning, though its first remedy was decided before it had a name.
+            notes = sorted(self._notes, key=lambda note: note[0] != "opened")
+            for what, reason, text in notes:
+                self.commands.append(Notify(incident=number, what=what, reason=reason.value, text=text))
+            if incident is not None:
+                self._keep(self._told(incident, tuple(text for _, _, text in notes)))
+        return self.state, tuple(self.commands)
+
+    def _told(self, incident: Incident, texts: tuple[str, ...]) -> Incident:
+        counts = self._counts
+        return replace(
+            incident,
+            restarts=incident.restarts + counts["restarts"],
+            resyncs=incident.resyncs + counts["resyncs"],
+            rollbacks=incident.rollbacks + counts["rollbacks"],
+            refused_batches=incident.refused_batches + counts["refused_batches"],
+            actions=(*incident.actions, *texts)[-ACTIONS_KEPT:],
         )
+
+    def _keep(self, incident: Incident) -> None:
+        if self.closed:
+            self.state = replace(self.state, last_incident=incident)
+        else:
+            self.state = replace(self.state, incident=incident)

@@ -1,0 +1,483 @@
+"""
+The daemon: wiring only. Sources feed events, `decide` decides, effects act, the journal remembers.
+
+One event loop owns the state. An event is decided the moment it arrives, and the gate is written before
+anything else happens, the journal included: a hold must not wait for a disk.
+"""
+
+import asyncio
+import fcntl
+import logging
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Final
+
+from stepguard.gate import GateError
+from stepguard.settings import FILE_NAME as GUARD_SETTINGS_FILE
+
+from . import clock, proc, status
+from .config import Config
+from .control.contract import SOCKET_NAME, Refused, Verb
+from .control.server import allowed_uids, serve_control
+from .core.commands import (
+    Command,
+    ContinueServer,
+    Effect,
+    FindCheckpoint,
+    Notify,
+    PublishGate,
+    PushWeights,
+    RunCanary,
+    StartServer,
+    StopServer,
+)
+from .core.decide import decide
+from .core.events import DaemonStarted, EffectEnded, Event, OperatorAsked, Tick
+from .core.state import GateOrder, Mode, Server, ServerState, Stage, State, initial
+from .effects import server as servers
+from .effects.canary import canary
+from .effects.gate import GateWriter
+from .effects.outcome import Outcome, failed
+from .effects.rollback import find_checkpoint
+from .effects.weights import push
+from .journal import Journal, JournalError
+from .settings import core_settings
+from .sources import sglang
+from .sources.process import ServerProcesses
+from .sources.stream import RewardStream
+from .sources.trainer import ReportSocket, TrainerPage
+
+log = logging.getLogger("stepguardd")
+
+TICK_S: Final = 0.25
+LEASE_RENEWAL_S: Final = 1.0
+TREE_INTERVAL_S: Final = 5.0
+REPAIR_INTERVAL_S: Final = 0.2
+INTENT_TIMEOUT_S: Final = 10.0
+CRASH_AT: Final = "STEPGUARD_CRASH_AT"
+
+
+class DaemonError(Exception):
+    """The daemon cannot start; the message is one line that names the file or key and the remedy."""
+
+
+class WatchedServer:
+    """One server's parts: who owns it, its HTTP client, its processes."""
+
+    def __init__(self, run: str, config: Config, index: int, emit: Callable[[Event], None]) -> None:
+        self.settings = config.servers[index]
+        default_log = config.run.state_dir / "servers" / f"{self.settings.name}.log"
+        self.log = self.settings.log or default_log
+        self.backend = servers.backend(run, self.settings, self.log)
+        self.http = sglang.client(self.settings.url, config.probe.timeout_s)
+        self.processes = ServerProcesses(self.settings.name, self.backend.find, emit)
+
+    def answers_itself(self) -> bool | None:
+        """Whether the server's own tree holds its port; None where that cannot be seen."""
+        port = servers.port_of(self.settings.url)
+        procs = self.backend.find()
+        if port is None or not procs:
+            return None
+        return proc.listening(port, (known.pid for known in procs)) is not None
+
+
+class Daemon:
+    """
+    One run's daemon.
+
+    Args:
+        config: the whole configuration.
+
+    Raises:
+        DaemonError: on `start`, before anything of the run was touched.
+
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.started_at = clock.monotonic()
+        self._lock: IO[str] | None = None
+        self._events: deque[Event] = deque()
+        self._deciding = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stop = asyncio.Event()
+        self._crash_at = os.environ.get(CRASH_AT)
+        self.gate: GateWriter
+        self.journal: Journal
+        self.state: State
+        self._reports: ReportSocket
+        self._page: TrainerPage
+        self._servers: dict[str, WatchedServer] = {}
+
+    # ---- life ---------------------------------------------------------------------------------------
+
+    async def run(self, *, ready: Callable[[], None] = lambda: None) -> None:
+        """Watch the run until asked to stop. `ready` is called once everything is in place."""
+        try:
+            unfinished = self._open()
+        except DaemonError:
+            await self._close()
+            raise
+        loop = asyncio.get_running_loop()
+        for what in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(what, self._stop.set)
+        try:
+            self._take_up(unfinished)
+            async with asyncio.TaskGroup() as group:
+                running = [group.create_task(work) for work in self._work()]
+                ready()
+                await self._stop.wait()
+                for task in running:
+                    task.cancel()
+        finally:
+            await self._close()
+
+    def stop(self) -> None:
+        """Ask it to end."""
+        self._stop.set()
+
+    def _open(self) -> tuple[Effect, ...]:
+        """Take the run's lock, journal, gate page and sockets, in this order; all or nothing."""
+        run = self.config.run
+        for folder, key in ((run.run_dir, "run.run_dir"), (run.state_dir, "run.state_dir")):
+            try:
+                folder.mkdir(mode=0o750, parents=True, exist_ok=True)
+            except OSError as error:
+                raise DaemonError(
+                    f"{key}: cannot make {folder} ({error.strerror}); choose another"
+                ) from error
+        self._take_lock(run.state_dir / "daemon.lock")
+        for settings in self.config.servers:
+            missing = servers.program_missing(settings)
+            if missing is not None:
+                raise DaemonError(missing)
+        try:
+            self.journal = Journal(run.state_dir / "journal.db", boot_id=clock.boot_id())
+            restored = self.journal.restore()
+            self.state = self._fitted(restored.state)
+            for recorded in restored.after:
+                self.state, _ = decide(self.state, recorded.event, recorded.at)
+            self.gate = GateWriter(run.run_dir / "gate")
+            guard = run.run_dir / GUARD_SETTINGS_FILE
+            guard.write_text(self.config.guard.for_trainer().to_json())
+            self._reports = ReportSocket(run.run_dir / "reports.sock", self._reported)
+        except (JournalError, GateError) as error:
+            raise DaemonError(str(error)) from error
+        except OSError as error:
+            raise DaemonError(
+                f"{error.filename or run.run_dir}: {error.strerror}; is run_dir ours?"
+            ) from error
+        self.journal.start()
+        self._page = TrainerPage(self.gate.page, self.feed)
+        for index, settings in enumerate(self.config.servers):
+            self._servers[settings.name] = WatchedServer(run.name, self.config, index, self.feed)
+        return restored.unfinished
+
+    def _take_lock(self, path: Path) -> None:
+        try:
+            self._lock = path.open("a+")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DaemonError(
+                f"{path}: another daemon watches this run already; see `stepguard status`, or give this one "
+                "another run.name"
+            ) from None
+        except OSError as error:
+            raise DaemonError(f"{path}: {error.strerror}; run.state_dir must be writable") from error
+
+    def _fitted(self, restored: State | None) -> State:
+        """The restored state under the config of today; a server that the config no longer has is dropped."""
+        settings, mode = core_settings(self.config), Mode(self.config.run.mode)
+        fresh = tuple(
+            Server(name=one.name, managed=one.backend != "none", since=clock.monotonic())
+            for one in self.config.servers
+        )
+        if restored is None:
+            return initial(settings, mode, fresh)
+        known = {server.name: server for server in restored.servers}
+        kept = tuple(
+            replace(known[server.name], managed=server.managed) if server.name in known else server
+            for server in fresh
+        )
+        return replace(restored, settings=settings, servers=kept)
+
+    def _take_up(self, unfinished: tuple[Effect, ...]) -> None:
+        """Bring the page in line, look at every server, and settle what an earlier daemon had begun."""
+        found = self.gate.found()
+        self.feed(
+            DaemonStarted(
+                gate_order=GateOrder.GO.value if found is None else found.order.name,
+                gate_generation=0 if found is None else found.generation,
+                judged_batch=0 if found is None else found.judged_batch,
+            )
+        )
+        wanted = {server.repair.intent for server in self.state.servers if server.repair is not None}
+        wanted |= {self.state.rollback.intent if self.state.rollback is not None else None}
+        for server in self._servers.values():
+            server.processes.adopt(server.backend.find())
+        for effect in unfinished:
+            if effect.intent in wanted:
+                self._begin(effect, None)
+            else:
+                self.feed(EffectEnded(intent=effect.intent, ok=False, detail="overtaken by events"))
+        for server in self._servers.values():
+            server.processes.look()
+
+    async def _close(self) -> None:
+        """Stop the effects, tell the trainer that nobody is there, and leave the servers as configured."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        stop_servers = self.config.run.servers_on_stop == "stop"
+        for server in self._servers.values():
+            server.processes.close()
+            if stop_servers and server.backend.managed:
+                await server.backend.stop(server.backend.find())
+            await server.http.aclose()
+        if hasattr(self, "_page"):
+            self._page.close()
+        if hasattr(self, "_reports"):
+            self._reports.close()
+        if hasattr(self, "gate"):
+            self.gate.close()
+        if hasattr(self, "journal"):
+            self.journal.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    # ---- deciding ------------------------------------------------------------------------------------
+
+    def feed(self, event: Event) -> None:
+        """Decide one event now; an event that arrives while another is decided comes next."""
+        self._events.append(event)
+        if self._deciding:
+            return
+        self._deciding = True
+        try:
+            while self._events:
+                self._decide(self._events.popleft())
+        finally:
+            self._deciding = False
+
+    def _decide(self, event: Event) -> None:
+        now = clock.monotonic()
+        before = self.state
+        self.state, commands = decide(before, event, now)
+        for command in commands:
+            if isinstance(command, PublishGate):
+                self.gate.publish(command.gate)
+                self._crash(f"gate_{command.gate.order.value}")
+        if self.state is before and not commands:
+            return
+        durable = self.journal.record(
+            at=now, wall=clock.wall(), event=event, commands=commands, state=self.state
+        )
+        for command in commands:
+            self._carry_out(command, durable)
+
+    def _carry_out(self, command: Command, durable: "asyncio.Future[None] | None") -> None:
+        match command:
+            case PublishGate():
+                pass
+            case Notify():
+                log.info("%s: %s", command.what, command.text, extra={"reason": command.reason})
+            case _:
+                self._crash(f"decided_{type(command).__name__}")
+                self._begin(command, durable)
+
+    def _begin(self, effect: Effect, durable: "asyncio.Future[None] | None") -> None:
+        task = asyncio.create_task(self._effect(effect, durable), name=effect.intent)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _effect(self, effect: Effect, durable: "asyncio.Future[None] | None") -> None:
+        """Durable intent → act → durable outcome."""
+        kind = type(effect).__name__
+        if durable is not None:
+            try:
+                async with asyncio.timeout(INTENT_TIMEOUT_S):
+                    await asyncio.shield(durable)
+            except (TimeoutError, JournalError) as error:
+                # A full disk must not cost the night: the act is an ensure, findable on the machine itself.
+                log.error("%s goes on without its intent on disk: %s", effect.intent, error)
+        self._crash(f"before_{kind}")
+        try:
+            outcome = await self._act(effect)
+        except Exception as error:  # a task's border: a bug in one effect must end as its failure
+            log.exception("%s failed", effect.intent)
+            outcome = failed(f"{type(error).__name__}: {error}")
+        self._crash(f"after_{kind}")
+        self.feed(
+            EffectEnded(
+                intent=effect.intent,
+                ok=outcome.ok,
+                detail=outcome.detail,
+                procs=outcome.procs,
+                target_step=outcome.target_step,
+                target_path=outcome.target_path,
+            )
+        )
+
+    async def _act(self, effect: Effect) -> Outcome:
+        recovery = self.config.recovery
+        if isinstance(effect, FindCheckpoint):
+            return await find_checkpoint(
+                self.config.checkpoints, effect.before_step, reported=self.state.checkpoints
+            )
+        server = self._servers[effect.server]
+        match effect:
+            case ContinueServer():
+                return await servers.resume(effect.procs)
+            case StopServer():
+                outcome = await server.backend.stop(effect.procs)
+                server.processes.adopt(())
+                return outcome
+            case StartServer():
+                outcome = await server.backend.start(effect.intent)
+                server.processes.adopt(outcome.procs)
+                return outcome
+            case RunCanary():
+                return await canary(
+                    server.http,
+                    requests=recovery.canary_requests,
+                    timeout_s=recovery.canary_timeout_s,
+                    ours=server.answers_itself,
+                )
+            case PushWeights():
+                assert self.config.weights.path is not None
+                return await push(
+                    server.http,
+                    pattern=self.config.weights.path,
+                    version=effect.version,
+                    timeout_s=recovery.resync_timeout_s,
+                )
+
+    def _crash(self, point: str) -> None:
+        """A named point at which the crash tests kill the daemon, as nothing else could be so exact."""
+        if self._crash_at == point:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    # ---- sources -------------------------------------------------------------------------------------
+
+    def _work(self) -> list[Coroutine[None, None, None]]:
+        """Everything that runs at an interval, each with its own timeout."""
+        work: list[Coroutine[None, None, None]] = [
+            _every(TICK_S, lambda: self.feed(Tick())),
+            _every(LEASE_RENEWAL_S, self.gate.renew),
+            _every(LEASE_RENEWAL_S, self._page.look),
+        ]
+        for server in self._servers.values():
+            work.append(self._probe(server))
+            work.append(self._look(server))
+            work.append(_every(self.config.probe.stopped_after_s, server.processes.sample))
+        stream = RewardStream.of(self.config, self.feed)
+        if stream is not None:
+            work.append(_every(stream.interval_s, stream.poll))
+        work.append(self._control())
+        return work
+
+    def _reported(self, event: Event) -> None:
+        """A report, with the page behind it: what the page says about the trainer must not be older."""
+        self._page.look()
+        self.feed(event)
+
+    async def _probe(self, server: WatchedServer) -> None:
+        name, probe = server.settings.name, self.config.probe
+        while True:
+            event = await sglang.probe(server.http, name, timeout_s=probe.timeout_s)
+            self.feed(event)
+            await asyncio.sleep(REPAIR_INTERVAL_S if self._repairing(name) else probe.interval_s)
+
+    async def _look(self, server: WatchedServer) -> None:
+        while True:
+            await asyncio.sleep(1.0 if self._repairing(server.settings.name) else TREE_INTERVAL_S)
+            if self._stage(server.settings.name) not in {Stage.STOP, Stage.START, Stage.BACKOFF}:
+                server.processes.look()
+
+    def _stage(self, name: str) -> Stage | None:
+        server = next((one for one in self.state.servers if one.name == name), None)
+        return None if server is None or server.repair is None else server.repair.stage
+
+    def _repairing(self, name: str) -> bool:
+        server = next((one for one in self.state.servers if one.name == name), None)
+        return server is not None and (server.repair is not None or server.state is ServerState.DEAD)
+
+    # ---- people --------------------------------------------------------------------------------------
+
+    async def _control(self) -> None:
+        uids = allowed_uids(self.config.control.allowed_uids)
+        await serve_control(self, self.config.run.run_dir / SOCKET_NAME, uids=uids)
+
+    def status(self) -> Mapping[str, object]:
+        """What `stepguard status` shows."""
+        return status.of(
+            self.state,
+            run=self.config.run.name,
+            urls={server.name: server.url for server in self.config.servers},
+            now=clock.monotonic(),
+            started_at=self.started_at,
+            lost_rows=self.journal.lost_rows,
+            journal_failure=self.journal.failure,
+        )
+
+    async def ask(self, verb: Verb, who: str, why: str, args: Mapping[str, object]) -> Mapping[str, object]:
+        """
+        A person's request.
+
+        Raises:
+            Refused: it makes no sense now; the message says why and what would.
+
+        """
+        request = OperatorAsked(
+            verb=verb,
+            who=who,
+            why=why,
+            server=_text(args.get("server")),
+            before_step=_whole(args.get("before_step")),
+            mode=_text(args.get("mode")),
+        )
+        self._refuse_nonsense(request)
+        self.feed(request)
+        return {"verb": verb, "gate": status.gate(self.state)}
+
+    def _refuse_nonsense(self, request: OperatorAsked) -> None:
+        state = self.state
+        names = [server.name for server in state.servers if server.managed]
+        if request.verb == "restart-server":
+            if not names:
+                raise Refused("no server of this run is Stepguard's to restart")
+            if request.server is not None and request.server not in names:
+                raise Refused(f"no server {request.server!r} to restart; there is {', '.join(names)}")
+        elif request.verb == "rollback":
+            if state.trainer.pid is None:
+                raise Refused("no trainer reports to this run; start it with STEPGUARD_RUN_DIR set")
+            if not state.trainer.handles_rollback:
+                raise Refused("the trainer registered no on_rollback: relaunch it from a checkpoint instead")
+            if state.rollback is not None:
+                raise Refused("a rollback is under way already")
+        elif request.verb == "ack":
+            raise Refused("there is nobody to tell yet: alerts are not part of this version")
+        elif request.verb == "mode" and request.mode not in {mode.value for mode in Mode}:
+            raise Refused(f"no mode {request.mode!r}; there is shadow, hold and act")
+
+
+async def _every(interval_s: float, work: Callable[[], None]) -> None:
+    """Do it now and at an interval; a slow turn is skipped, never caught up on."""
+    loop = asyncio.get_running_loop()
+    due = loop.time()
+    while True:
+        work()
+        due = max(due + interval_s, loop.time())
+        await asyncio.sleep(due - loop.time())
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _whole(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None

@@ -1,0 +1,21 @@
+"""How an effect ended."""
+
+from dataclasses import dataclass
+
+from ..core.events import Proc
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """Done, or not and why in words for a person."""
+
+    ok: bool
+    detail: str = ""
+    procs: tuple[Proc, ...] = ()
+    target_step: int | None = None
+    target_path: str | None = None
+
+
+def failed(detail: str) -> Outcome:
+    """It could not be done."""
+    return Outcome(ok=False, detail=detail[:2000])

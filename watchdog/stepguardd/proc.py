@@ -1,0 +1,188 @@
+"""
+Processes as /proc tells of them: who lives, whose child it is, whether it is stopped, what it has used.
+
+A process is named by its pid *and* its start time, because pids are used again; a zombie is dead.
+What cannot be read (gone, or another user's) is absent, never guessed.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from .core.events import Proc
+
+_PROC: Final = Path("/proc")
+_TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
+_DEAD: Final = frozenset("ZXx")
+_STOPPED: Final = frozenset("Tt")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stat:
+    """The fields of /proc/PID/stat that Stepguard looks at (proc(5))."""
+
+    pid: int
+    comm: str
+    state: str
+    ppid: int
+    session: int
+    cpu_s: float
+    start_ticks: int
+
+    @property
+    def dead(self) -> bool:
+        """A zombie has exited; only its parent's look at it is missing."""
+        return self.state in _DEAD
+
+    @property
+    def stopped(self) -> bool:
+        """Stopped by a signal or held by a debugger."""
+        return self.state in _STOPPED
+
+
+def stat(pid: int) -> Stat | None:
+    """One process, or None when there is none that can be read."""
+    try:
+        text = (_PROC / str(pid) / "stat").read_bytes()
+    except OSError:
+        return None
+    return parse_stat(text)
+
+
+def parse_stat(text: bytes) -> Stat | None:
+    """
+    Read one line of /proc/PID/stat; None for anything else.
+
+    The name stands in brackets and may hold brackets and blanks itself, so the fields are counted from the
+    last closing one.
+    """
+    opening, closing = text.find(b"("), text.rfind(b")")
+    fields = text[closing + 1 :].split()
+    if opening < 0 or closing < opening or len(fields) < 20:
+        return None
+    try:
+        return Stat(
+            pid=int(text[:opening]),
+            comm=text[opening + 1 : closing].decode("utf-8", "replace"),
+            state=fields[0].decode("ascii", "replace"),
+            ppid=int(fields[1]),
+            session=int(fields[3]),
+            cpu_s=(int(fields[11]) + int(fields[12])) / _TICKS_PER_S,
+            start_ticks=int(fields[19]),
+        )
+    except ValueError:
+        return None
+
+
+def every() -> Iterator[Stat]:
+    """Every process that can be read now."""
+    for entry in os.listdir(_PROC):  # noqa: PTH208 - names alone, thousands of times a day
+        if entry.isdecimal() and (found := stat(int(entry))) is not None:
+            yield found
+
+
+def alive(proc: Proc) -> bool:
+    """Whether this very process lives: the same start time, and no zombie."""
+    found = stat(proc.pid)
+    return found is not None and found.start_ticks == proc.start_ticks and not found.dead
+
+
+def unmistaken(proc: Proc) -> bool:
+    """
+    Whether this pid is still this process's own, living or dead.
+
+    The kernel gives no pid away that still names a session, so the orphans of a dead root can be found by it.
+    """
+    found = stat(proc.pid)
+    return found is None or found.start_ticks == proc.start_ticks
+
+
+def tree(root_pid: int) -> tuple[Proc, ...]:
+    """
+    The live processes that belong to a root: its descendants, and the rest of its session.
+
+    The session is what keeps a scheduler findable after its parent died and init adopted it. The root comes
+    first while it lives; it may be dead already.
+    """
+    return _members({root_pid}, list(every()))
+
+
+def marked(variable: str, value: str) -> tuple[Proc, ...]:
+    """The live processes that were started with this environment variable, and all that belong to them."""
+    wanted = f"{variable}={value}".encode()
+    stats = list(every())
+    roots = {found.pid for found in stats if not found.dead and wanted in _environ(found.pid)}
+    return _members(roots, stats) if roots else ()
+
+
+def _members(roots: set[int], stats: list[Stat]) -> tuple[Proc, ...]:
+    members = {found.pid for found in stats if found.pid in roots or found.session in roots}
+    grown = True
+    while grown:
+        more = {found.pid for found in stats if found.ppid in members and found.pid not in members}
+        grown = bool(more)
+        members |= more
+    live = [found for found in stats if found.pid in members and not found.dead]
+    # A root whose parent is no member leads.
+    live.sort(key=lambda found: (found.ppid in members, found.start_ticks, found.pid))
+    return tuple(Proc(pid=s.pid, start_ticks=s.start_ticks, role=_role(s)) for s in live)
+
+
+def _role(found: Stat) -> str:
+    """What a process does in a server, out of its title: the kernel cuts `comm` to 15 characters."""
+    title = _cmdline(found.pid) or found.comm
+    for role in ("scheduler", "detokenizer", "resource_tracker"):
+        if role in title or found.comm.endswith(role[:7]):
+            return role
+    return "server" if found.session == found.pid else "child"
+
+
+def _environ(pid: int) -> list[bytes]:
+    try:
+        return (_PROC / str(pid) / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
+def _cmdline(pid: int) -> str:
+    try:
+        return (_PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def listening(port: int, pids: Iterable[int]) -> int | None:
+    """Which of these processes listens on a TCP port; None when none of them does."""
+    inodes = set(_listeners(port))
+    for pid in pids:
+        with suppress(OSError):
+            for fd in (_PROC / str(pid) / "fd").iterdir():
+                with suppress(OSError):
+                    link = fd.readlink().name
+                    if link.startswith("socket:[") and link[8:-1] in inodes:
+                        return pid
+    return None
+
+
+def port_owner(port: int) -> int | None:
+    """Which process listens on a TCP port, among those that can be read."""
+    return listening(port, (found.pid for found in every()))
+
+
+def port_taken(port: int) -> bool:
+    """Whether anything on this machine listens on a TCP port."""
+    return any(True for _ in _listeners(port))
+
+
+def _listeners(port: int) -> Iterator[str]:
+    """The socket inodes that listen on a port (proc(5), /proc/net/tcp; state 0A is LISTEN)."""
+    for name in ("tcp", "tcp6"):
+        with suppress(OSError):
+            lines = (_PROC / "net" / name).read_text().splitlines()[1:]
+            for line in lines:
+                fields = line.split()
+                if len(fields) > 9 and fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
+                    yield fields[9]

@@ -1,0 +1,148 @@
+"""
+A server's cheap HTTP endpoints: `/ready`, `/model_info` and `/metrics`, once a round.
+
+They are answered by the server's parent process: they tell of a refused port, a pause, the weights' version
+and the tokens so far, and nothing of the scheduler's life.
+A reply is read up to 1 MiB and for the probe's timeout in all: a server that drips, floods or lies costs no
+more than that.
+"""
+
+import asyncio
+import json
+from dataclasses import dataclass
+from typing import Final
+
+import httpx
+
+from ..core.events import Answer, ServerProbed
+
+BODY_BYTES_MAX: Final = 1 << 20
+
+_RUNNING: Final = ("sglang:num_running_reqs", "sglang:num_queue_reqs")
+_TOKENS: Final = ("sglang:generation_tokens_total", "sglang:prompt_tokens_total")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """What one request came to; a body only with `OK`."""
+
+    answer: Answer
+    body: bytes = b""
+
+
+def client(url: str, timeout_s: float) -> httpx.AsyncClient:
+    """One server's client: no proxy from the environment, no redirects, few connections."""
+    return httpx.AsyncClient(
+        base_url=url,
+        timeout=timeout_s,
+        trust_env=False,
+        follow_redirects=False,
+        limits=httpx.Limits(max_connections=16, max_keepalive_connections=4),
+    )
+
+
+async def request(
+    http: httpx.AsyncClient, method: str, path: str, *, timeout_s: float, body: object | None = None
+) -> Reply:
+    """
+    One bounded request, every outcome a value.
+
+    Args:
+        http: the server's client.
+        method: GET or POST.
+        path: the endpoint.
+        timeout_s: for the whole of it, the reading included.
+        body: sent as JSON.
+
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            async with http.stream(method, path, json=body) as response:
+                return await _read(response)
+    except (TimeoutError, httpx.TimeoutException):
+        return Reply(answer=Answer.TIMEOUT)
+    except httpx.ConnectError:
+        return Reply(answer=Answer.REFUSED)
+    except httpx.HTTPError:
+        return Reply(answer=Answer.BROKEN)
+
+
+async def _read(response: httpx.Response) -> Reply:
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in response.aiter_bytes():
+        size += len(chunk)
+        if size > BODY_BYTES_MAX:
+            return Reply(answer=Answer.BROKEN)
+        chunks.append(chunk)
+    body = b"".join(chunks)
+    match response.status_code:
+        case 200:
+            return Reply(answer=Answer.OK, body=body)
+        case 404 | 405:
+            return Reply(answer=Answer.NOT_OFFERED)
+        case 503:
+            return Reply(answer=Answer.UNAVAILABLE)
+        case _:
+            return Reply(answer=Answer.BROKEN, body=body)
+
+
+async def probe(http: httpx.AsyncClient, server: str, *, timeout_s: float) -> ServerProbed:
+    """One round: three requests at once, all of them bounded."""
+    ready, info, metrics = await asyncio.gather(
+        request(http, "GET", "/ready", timeout_s=timeout_s),
+        request(http, "GET", "/model_info", timeout_s=timeout_s),
+        request(http, "GET", "/metrics", timeout_s=timeout_s),
+    )
+    model_info, version = weight_version(info)
+    running, tokens = read_metrics(metrics.body)
+    return ServerProbed(
+        server=server,
+        ready=ready.answer,
+        model_info=model_info,
+        metrics=metrics.answer,
+        weight_version=version,
+        running=running,
+        tokens=tokens,
+    )
+
+
+def weight_version(reply: Reply) -> tuple[Answer, str | None]:
+    """The version that `/model_info` states; a 200 that is no JSON object is a broken answer."""
+    if reply.answer is not Answer.OK:
+        return reply.answer, None
+    try:
+        info = json.loads(reply.body)
+    except (ValueError, RecursionError):
+        return Answer.BROKEN, None
+    if not isinstance(info, dict):
+        return Answer.BROKEN, None
+    version = info.get("weight_version")
+    return Answer.OK, None if version is None else str(version)[:256]
+
+
+def read_metrics(body: bytes) -> tuple[int | None, int | None]:
+    """
+    Requests in the server and tokens so far, summed over ranks; None where the server does not tell.
+
+    A line filter and no parser: a full Prometheus parse costs twice a sidecar's whole budget at 1 Hz.
+    """
+    running: float | None = None
+    tokens: float | None = None
+    for line in body.splitlines():
+        if not line.startswith(b"sglang:"):
+            continue
+        name = line.partition(b"{")[0].partition(b" ")[0].decode("ascii", "replace")
+        if name not in _RUNNING and name not in _TOKENS:
+            continue
+        try:
+            value = float(line.rpartition(b" ")[2])
+        except ValueError:
+            continue
+        if not 0 <= value < 1e18:  # also drops NaN
+            continue
+        if name in _RUNNING:
+            running = value + (running or 0.0)
+        else:
+            tokens = value + (tokens or 0.0)
+    return (None if running is None else int(running)), (None if tokens is None else int(tokens))

@@ -1,0 +1,148 @@
+"""The daemon's state as people and programs read it: one JSON-able object. Pure."""
+
+import math
+from collections.abc import Mapping
+
+import stepguard
+
+from .core import budget
+from .core.state import Incident, Server, State
+
+
+def of(
+    state: State,
+    *,
+    run: str,
+    urls: Mapping[str, str],
+    now: float,
+    started_at: float,
+    lost_rows: int,
+    journal_failure: str | None,
+) -> dict[str, object]:
+    """
+    Everything that `stepguard status` shows.
+
+    Args:
+        state: the daemon's state.
+        run: the run's name.
+        urls: each server's address.
+        now: seconds of the monotonic clock.
+        started_at: when the daemon came up, on the same clock.
+        lost_rows: journal rows that the disk did not take.
+        journal_failure: why, when the newest write failed.
+
+    """
+    settings = state.settings
+    left = [
+        budget.left(server.budget, now=now, limit=settings.restart_budget, window_s=settings.restart_window_s)
+        for server in state.servers
+    ]
+    warnings = [] if journal_failure is None else [f"the journal cannot be written: {journal_failure}"]
+    if lost_rows:
+        warnings.append(f"{lost_rows} rows were lost to the journal")
+    return {
+        "run": run,
+        "mode": state.mode.value,
+        "breaker": {
+            "phase": state.phase.value,
+            "since_s": round(now - state.phase_since, 3) if state.phase_since else round(now - started_at, 3),
+            "reason": _why(state),
+            "probation_left": state.probation_left,
+        },
+        "gate": gate(state),
+        "trainer": _trainer(state, now),
+        "servers": [_server(server, urls, now) for server in state.servers],
+        "incident": _incident(state.incident, now),
+        "last_incident": _incident(state.last_incident, now),
+        "incidents": state.incidents,
+        "budget": {
+            "restarts_left": min(left, default=None),
+            "restart_budget": settings.restart_budget,
+            "restart_window_s": settings.restart_window_s,
+        },
+        "rewards": [_number(value) for value in state.rewards],
+        "refused_batches": state.refused_batches,
+        "warnings": warnings,
+        "version": stepguard.__version__,
+        "uptime_s": round(now - started_at, 3),
+    }
+
+
+def gate(state: State) -> dict[str, object]:
+    """What the gate page says."""
+    return {
+        "order": state.gate.order.value,
+        "generation": state.gate.generation,
+        "reason": state.gate.reason,
+        "judged_step": state.gate.judged_step,
+        "judged_ok": state.gate.judged_ok,
+    }
+
+
+def _why(state: State) -> str | None:
+    if state.incident is not None:
+        return state.incident.reason.value
+    if state.pause is not None:
+        by = f"paused by {state.pause.who}"
+        return f"{by}: {state.pause.why}" if state.pause.why else by
+    return None
+
+
+def _trainer(state: State, now: float) -> dict[str, object]:
+    trainer = state.trainer
+    return {
+        "pid": trainer.pid,
+        "alive": trainer.alive,
+        "step": trainer.step,
+        "committed_step": trainer.committed_step,
+        "attempt": trainer.attempt,
+        "phase": trainer.phase,
+        "reward": _number(state.rewards[-1]) if state.rewards else None,
+        "weight_version": trainer.weight_version,
+        "beat_age_s": None if trainer.beats_at is None else round(now - trainer.beats_at, 3),
+    }
+
+
+def _server(server: Server, urls: Mapping[str, str], now: float) -> dict[str, object]:
+    return {
+        "name": server.name,
+        "url": urls.get(server.name),
+        "state": server.state.value,
+        "reason": None if server.reason is None else server.reason.value,
+        "since_s": round(now - server.since, 3),
+        "pid": server.procs[0].pid if server.procs else None,
+        "processes": len(server.procs),
+        "weight_version": server.weight_version,
+        "stage": None if server.repair is None else server.repair.stage.value,
+        "restarts": server.restarts,
+    }
+
+
+def _incident(incident: Incident | None, now: float) -> dict[str, object] | None:
+    if incident is None:
+        return None
+    resumed, closed = incident.resumed_at, incident.closed_at
+    return {
+        "id": incident.number,
+        "cause": incident.reason.value,
+        "server": incident.server,
+        "onset_step": incident.onset_step,
+        "opened_s": round(now - incident.opened_at, 3),
+        "opened_at": incident.opened_at,
+        "resumed_at": resumed,
+        "closed_at": closed,
+        "held_s": round((now if resumed is None else resumed) - incident.opened_at, 3),
+        "restarts": incident.restarts,
+        "resyncs": incident.resyncs,
+        "rollbacks": incident.rollbacks,
+        "refused_batches": incident.refused_batches,
+        "stage": "held" if resumed is None else ("probation" if closed is None else "closed"),
+        "actions": list(incident.actions),
+    }
+
+
+def _number(value: float | None) -> float | str | None:
+    """JSON has no NaN: it is spelled as a word, and null stays unknown."""
+    if value is None or math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
