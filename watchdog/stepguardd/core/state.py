@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from .reward import RewardConfig, RewardState
-from .reward import start as start_judging
 from .breaker import Phase
 from .budget import Budget
 from .events import Proc
 from .invariants import require
 from .reasons import Reason
+from .reward import RewardConfig, RewardState
+from .reward import start as start_judging
 
 
 class Mode(Enum):

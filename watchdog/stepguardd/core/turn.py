@@ -63,7 +63,7 @@ class Turn:
         if self._notes or self._counts:
             incident = self.state.last_incident if self.closed else self.state.incident
             number = None if incident is None else incident.number
-            # An incident is told from its beginning, though its first remedy was decided before it had a name.
+            # Told from its beginning, though its first remedy was decided before it had a name.
             notes = sorted(self._notes, key=lambda note: note[0] != "opened")
             for what, reason, text in notes:
                 self.commands.append(Notify(incident=number, what=what, reason=reason.value, text=text))
