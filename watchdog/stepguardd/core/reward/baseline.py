@@ -117,37 +117,46 @@ def absorb(config: RewardConfig, baseline: Baseline, value: float, suspicious: b
         zero_rate,
         held,
         total,
+        zeros,
+        ties,
     ) = baseline
     if seen == 0:
-        return Baseline(
-            1, 1.0, value, value, noise, noise_weight, rollouts, value, value, value, tie_rate, zero_rate
-        )
+        return Baseline(1, 1.0, value, value, noise, noise_weight, rollouts, value, value, value)
     memory = config.memory_steps
     gain = 1.0 / (seen + 2.0) if seen < memory else 1.0 / memory
-    tie_rate += gain * ((value == last) - tie_rate)
-    zero_rate += gain * ((value == 0.0) - zero_rate)
+    if value == last:
+        ties += 1
+    else:
+        if ties:
+            tie_rate = 1.0 - (1.0 - tie_rate) * (1.0 - gain) ** ties
+            ties = 0
+        tie_rate -= gain * tie_rate
     innovation = value - fast
     noise, noise_weight = _noise_after(baseline, innovation, value == last)
     fast += _FAST_GAIN * innovation if seen > 6 else innovation / (seen + 1)
     if suspicious:
         held += 1
         total += value
+        zeros += value == 0.0
     else:
         if held:
             keep = (1 - 1 / memory) ** held
+            zero_rate += (1 - keep) * (zeros / held - zero_rate)
             if weight < memory:
                 keep = weight / (weight + held)
                 weight = min(memory, weight + held)
             level += (1 - keep) * (total / held - level)
-            held, total = 0, 0.0
+            held, total, zeros = 0, 0.0, 0
+        zero_rate += gain * ((value == 0.0) - zero_rate)
         if weight < memory:
             weight += 1.0
         level += (value - level) / weight
-        # Far above its slow self the level is climbing: follow the fast one. (A third of sigma is the latter's error.)
-        sigma2 = noise * max(level * (1 - level), 0.5 / rollouts) / rollouts if rollouts else noise
+        # Far above its slow self the level is climbing: follow the fast one (a third of sigma is its error).
         above = fast - level
-        if above > 0 and above * above > 0.5 * sigma2:
-            level += 0.2 * above
+        if above > 0:
+            sigma2 = noise * max(level * (1 - level), 0.5 / rollouts) / rollouts if rollouts else noise
+            if above * above > 0.5 * sigma2:
+                level += 0.2 * above
     if value < low:
         low = value
     elif value > high:
@@ -167,6 +176,8 @@ def absorb(config: RewardConfig, baseline: Baseline, value: float, suspicious: b
         zero_rate,
         held,
         total,
+        zeros,
+        ties,
     )
 
 
@@ -195,12 +206,12 @@ def _noise_after(baseline: Baseline, innovation: float, tie: bool) -> tuple[floa
 
 def release(baseline: Baseline) -> Baseline:
     """The baseline without the values that were held back: they turned out to be bad."""
-    return baseline._replace(pending_n=0, pending_sum=0.0)
+    return baseline._replace(pending_n=0, pending_sum=0.0, pending_zeros=0)
 
 
 def adopt(baseline: Baseline, level: float, weight: float) -> Baseline:
     """The baseline at a new level that was accepted as healthy."""
-    return baseline._replace(level=level, fast=level, weight=max(1.0, weight), pending_n=0, pending_sum=0.0)
+    return baseline._replace(level=level, fast=level, weight=max(1.0, weight), pending_n=0, pending_sum=0.0, pending_zeros=0)
 
 
 def learn(
@@ -235,7 +246,7 @@ def _learn_grid(
         return _check_named(baseline, learned, value, named)
     samples = (*learned.samples, value)
     decimals = max(learned.decimals, _decimals(value))
-    n = grid_size(samples, decimals, learned.tried)
+    n = grid_size(samples, decimals, learned.tried, baseline.zero_rate)
     decided = len(samples) >= _SAMPLES or (n < 0 and len(samples) >= 8)
     learned = learned._replace(
         samples=() if decided else samples, decimals=decimals, tried=max(learned.tried, n), decided=decided
@@ -261,12 +272,10 @@ def _with_rollouts(baseline: Baseline, rollouts: int) -> Baseline:
         return baseline
     if rollouts:
         return baseline._replace(rollouts=rollouts, noise=1.5, noise_weight=8.0)
-    n = baseline.rollouts
-    p = min(max(baseline.level, 0.5 / n), 1 - 0.5 / n)
-    return baseline._replace(rollouts=0, noise=p * (1 - p) / n * baseline.noise, noise_weight=8.0)
+    return baseline._replace(rollouts=0, noise=0.0, noise_weight=0.0)
 
 
-def grid_size(samples: tuple[float, ...], decimals: int, tried: int) -> int:
+def grid_size(samples: tuple[float, ...], decimals: int, tried: int, zero_rate: float) -> int:
     """
     The n of which all samples are shares k/n; 0 when that cannot be told yet, -1 when there is none.
 
@@ -274,6 +283,7 @@ def grid_size(samples: tuple[float, ...], decimals: int, tried: int) -> int:
         samples: distinct values.
         decimals: the most decimals that any came with; the rounding is allowed for.
         tried: the smallest n that is not yet contradicted.
+        zero_rate: how often the values are exactly zero; only shares are that often.
 
     """
     if any(v < 0.0 or v > 1.0 for v in samples):
@@ -285,7 +295,7 @@ def grid_size(samples: tuple[float, ...], decimals: int, tried: int) -> int:
     for n in range(tried, min(_LARGEST_GRID, int(0.25 / slack)) + 1):
         if all(abs(v * n - round(v * n)) <= n * slack for v in inner):
             # So coarse a log, or so few values, that chance alone would explain the grid: not told yet.
-            return n if n * (2 * n * slack) ** len(inner) < 0.01 else 0
+            return n if zero_rate > 0.6 or n * (2 * n * slack) ** len(inner) < 0.01 else 0
     return -1
 
 

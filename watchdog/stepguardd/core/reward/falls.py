@@ -142,7 +142,7 @@ def segment(model: Model, tail: tuple[tuple[int, float], ...]) -> Segment:
     if trend > 5.0:  # the line starts before the point from which the mean explains the rest best
         back = int((model.level - (mean - slope * middle)) / -slope)
         steps_each = max(1, (values[-1][0] - values[0][0]) // max(1, count - 1))
-        leaves = max(tail[0][0], values[0][0] - max(0, back) * steps_each)
+        leaves = values[0][0] - min(max(0, back), _TAIL) * steps_each
     return Segment(values[0][0], count, mean, end, slope, trend, leaves)
 
 

@@ -41,7 +41,8 @@ _BACK_NATS = 3.0  # 20 to 1 that the stream is back
 _EPISODE_GAP = 10  # quiet steps that end a warning
 _WITNESSED_NATS = 3.0  # what the reward itself must say for a second witness to count
 _WITNESS_NATS = 4.0
-_START_ODDS = 3.0
+_START_ODDS = 4.0
+_START_STEPS = 5, 16
 _TREND_NATS = 7.0
 _TREND_COUNT = 8
 _DECAYED = 0.36  # of the baseline's height
@@ -313,7 +314,9 @@ def _hold_of_fall(
     if strongest < config.hold_nats:
         return None
     part = falls.segment(model, fall.tail)
-    if fall.start >= config.hold_nats and 4 <= part.steps <= 24:
+    least, most = _START_STEPS
+    flat = part.trend_nats < _SUSPICIOUS_NATS
+    if fall.start >= config.hold_nats and flat and least <= part.steps <= most:
         odds = _odds_of_start(state, model, part)
         if odds >= _START_ODDS:
             evidence = (

@@ -42,7 +42,7 @@ __all__ = [
 _HOLD_SHARE_RUN = 0.4
 _HOLD_SHARE_OTHER = 0.2  # near the floor, starting level, decay and witnessed loss have one of these each
 _WARN_SHARE_FALL = 0.5
-_WARN_SHARE_STUCK = 0.15
+_WARN_SHARE_STUCK = 0.25
 
 
 class Level(IntEnum):
@@ -199,9 +199,9 @@ class Baseline(NamedTuple):
     level: float = 0.0
     fast: float = 0.0
     """The level with a short memory, for the noise and for following a climb."""
-    noise: float = 1.5
+    noise: float = 0.0
     """Shares: the over-dispersion (variance over binomial variance). Else: the variance of a value."""
-    noise_weight: float = 8.0
+    noise_weight: float = 0.0
     """How many steps the noise rests on, its prior included."""
     rollouts: int = 0
     """Rollouts behind a value when values are shares of them; 0: values are not shares, or it is not known yet."""
@@ -215,6 +215,9 @@ class Baseline(NamedTuple):
     pending_n: int = 0
     """Values held back because a test is suspicious of them; absorbed when it no longer is."""
     pending_sum: float = 0.0
+    pending_zeros: int = 0
+    pending_ties: int = 0
+    """Ties of the run that is going on; they count towards `tie_rate` when it ends."""
 
 
 class Learned(NamedTuple):

@@ -62,7 +62,7 @@ def constant_run(
     plain = gained + (before.plain if before else 0.0)
     rollouts = ok + (before.rollouts if before else 0)
     if plain < 4.0:
-        return Run(value, length, first, plain, before.switched if before else (0.0,) * 4, rollouts)
+        return Run(value, length, first, plain, before.switched if before else (0.0,) * 4, rollouts, plain)
     evidence = plain
     if model.shares and value == 0.0:
         # Beta-binomial with the baseline's own uncertainty: how often does a rate known this badly give no success?
