@@ -46,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except typer.Abort:
         print("stepguard: stopped", file=sys.stderr)
         raise SystemExit(1) from None
-    except typer.Exit as leaving:  # raised outside of a command, by a module that could not be imported
-        code = leaving.exit_code
+    except ModuleNotFoundError as missing:
+        _not_installed(wanted or "", missing)
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
@@ -67,7 +67,7 @@ def _app(wanted: str | None) -> typer.Typer:
         if not (Path(__file__).parent / f"{_module(name)}.py").exists():
             continue
         if name == wanted:
-            _add(app, name, _import(name), help_line)
+            _add(app, name, importlib.import_module(f"stepguardd.cli.{_module(name)}"), help_line)
         else:
             app.command(name, help=help_line)(lambda: None)
     return app
@@ -99,19 +99,17 @@ def _module(name: str) -> str:
     return name.replace("-", "_")
 
 
-def _import(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(f"stepguardd.cli.{_module(name)}")
-    except ModuleNotFoundError as missing:
-        if missing.name is None or missing.name.startswith("stepguardd"):
-            raise
-        extra = EXTRAS.get(name, "daemon")
-        print(
-            f"stepguard: {name} needs {missing.name}, which is not installed; "
-            f"install it with: pip install 'stepguard[{extra}]'",
-            file=sys.stderr,
-        )
-        raise typer.Exit(2) from None
+def _not_installed(name: str, missing: ModuleNotFoundError) -> NoReturn:
+    """One line with the extra to install; a missing part of our own is a bug and shows its traceback."""
+    if missing.name is None or missing.name.startswith("stepguard"):
+        raise missing
+    extra = EXTRAS.get(name, "daemon")
+    print(
+        f"stepguard: {name} needs {missing.name}, which is not installed; "
+        f"install it with: pip install 'stepguard[{extra}]'",
+        file=sys.stderr,
+    )
+    raise SystemExit(2) from None
 
 
 def _wrong_use(wrong: typer.TyperException) -> NoReturn:

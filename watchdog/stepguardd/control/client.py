@@ -6,6 +6,7 @@ person.
 """
 
 import json
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,10 +82,11 @@ class ControlClient:
         self, method: str, what: str, body: Mapping[str, object] | None, limit_s: float
     ) -> dict[str, Any]:
         deadline = time.monotonic() + limit_s
+        self._knock()
         try:
             with self._http.stream(method, f"/api/v1/{what}", json=body, timeout=limit_s) as reply:
                 content = bytearray()
-                for chunk in reply.iter_raw(4096):
+                for chunk in reply.iter_raw():  # as it comes: with a size it would wait for one
                     content += chunk
                     if len(content) > REPLY_BYTES_MAX:
                         raise ControlError(f"{self.socket_path}: the answer is larger than 1 MiB")
@@ -98,6 +100,15 @@ class ControlClient:
         except httpx.HTTPError as error:
             raise ControlError(f"{self.socket_path}: {_cause(error)}") from None
         return self._understood(code, bytes(content))
+
+    def _knock(self) -> None:
+        """Say plainly that nobody is there; the HTTP library would leave its socket open over it."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(self._timeout_s)
+            try:
+                probe.connect(str(self.socket_path))
+            except OSError as error:
+                raise NoDaemonError(f"{self.socket_path}: {error.strerror or error}") from None
 
     def _understood(self, code: int, content: bytes) -> dict[str, Any]:
         try:

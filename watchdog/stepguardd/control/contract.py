@@ -18,7 +18,7 @@ class Daemon(Protocol):
     """The daemon as the control API sees it."""
 
     def status(self) -> Mapping[str, object]:
-        """How the run is now, as a `StatusDict`. Cheap, and safe to call at any time from the daemon's loop."""
+        """How the run is now, as a `StatusDict`. Cheap; called from the daemon's loop at any time."""
         ...
 
     async def ask(self, verb: Verb, who: str, why: str, args: Mapping[str, object]) -> Mapping[str, object]:

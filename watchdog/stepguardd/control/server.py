@@ -157,11 +157,17 @@ def _vouched(app: "Application", uid: int, pid: int) -> "Application":
 
 
 def _refuse(uid: int) -> "Application":
+    text = f'{{"error": "uid {uid} may not do this: see allowed_uids in [control] of the configuration"}}'
+    body = text.encode()
+
     async def refuse(_scope: "Scope", _receive: "Receive", send: "Send") -> None:
-        body = f'{{"error": "uid {uid} may not do this: see allowed_uids in [control] of the configuration"}}'
-        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+        ]
         await send({"type": "http.response.start", "status": 403, "headers": headers})
-        await send({"type": "http.response.body", "body": body.encode()})
+        await send({"type": "http.response.body", "body": body})
 
     return refuse
 
