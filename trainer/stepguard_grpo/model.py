@@ -29,7 +29,7 @@ CONFIG: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 32,
     "hidden_act": "silu",
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 256,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10.0,  # sequences are ten tokens long
     "attention_bias": False,
