@@ -92,17 +92,24 @@ class EventFiles:
 
     def poll(self, bytes_max: int = POLL_BYTES) -> tuple[Row, ...]:
         """Read on; see `rows.Reader`."""
-        if self._file is None and not self._open_next():
-            self._caught_up = True
-            return ()
+        if self._file is None:
+            first = self._following()
+            if first is None:
+                self._caught_up = True
+                return ()
+            self._go_over(*first)
         rows: list[Row] = []
+        begun = self._offset
         for record in self._records(bytes_max):
             try:
                 rows.extend(scalars(record))
             except WireError as broken:
                 self._notes.add(f"{self._file}: an event before byte {self._offset} cannot be read: {broken}")
-        if self._caught_up and not rows and self._open_next():
+        following = self._following() if self._caught_up else None
+        if following is not None:
             self._caught_up = False
+            if self._offset == begun:  # nothing came any more although the next file was there
+                self._go_over(*following)
         return tuple(rows)
 
     def notes(self) -> tuple[str, ...]:
@@ -170,27 +177,30 @@ class EventFiles:
         self._broken = True
         self._caught_up = True
 
-    def _open_next(self) -> bool:
+    def _following(self) -> tuple[Path, int] | None:
+        """Return the next file and the offset to begin with, if there is one."""
         files = event_files(self._path)
-        offset = 0
-        if self._resume is not None and files:
-            name, offset = self._resume
-            while files and str(files[0]) != name:
-                files.pop(0)
-            if not files:
-                self._notes.add(f"{name}: the file of the stored position is gone; starting over")
-                files, offset = event_files(self._path), 0
-        following = [file for file in files if self._file is None or file.name > self._file.name]
-        if not following:
-            return False
+        if self._resume is None:
+            newer = (file for file in files if self._file is None or file.name > self._file.name)
+            following = next(newer, None)
+            return None if following is None else (following, 0)
+        name, offset = self._resume
+        for file in files:
+            if str(file) == name:
+                return file, offset
+        if not files:
+            return None
+        self._notes.add(f"{name}: the file of the stored position is gone; starting over")
+        return files[0], 0
+
+    def _go_over(self, file: Path, offset: int) -> None:
         try:
-            fd = os.open(following[0], os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as refused:
-            raise StreamError(f"{following[0]}: {refused.strerror}") from None
+            raise StreamError(f"{file}: {refused.strerror}") from None
         self.close()
-        self._fd, self._file, self._offset, self._torn = fd, following[0], offset, 0
+        self._fd, self._file, self._offset, self._torn = fd, file, offset, 0
         self._broken, self._resume = False, None
-        return True
 
 
 def scalars(event: bytes) -> tuple[Row, ...]:

@@ -137,22 +137,27 @@ class WandbLog:
 
     def poll(self, bytes_max: int = POLL_BYTES) -> tuple[Row, ...]:
         """Read on; see `rows.Reader`."""
-        if self._frames is None and not self._open_next():
-            self._caught_up = True
-            return ()
+        if self._frames is None:
+            first = self._following()
+            if first is None:
+                self._caught_up = True
+                return ()
+            self._go_over(*first)
         frames = self._frames
         assert frames is not None
         damaged = frames.damaged
+        records = frames.read(bytes_max)
         rows: list[Row] = []
-        for data in frames.read(bytes_max):
+        for data in records:
             rows.extend(self._take(data))
         if frames.damaged > damaged:
             self._notes.add(
                 f"{frames.path}: damaged near byte {frames.offset}; the rest of that block is skipped"
             )
-        self._caught_up = frames.caught_up
-        if frames.caught_up and not rows and self._open_next():
-            self._caught_up = False
+        following = self._following() if frames.caught_up else None
+        self._caught_up = frames.caught_up and following is None
+        if following is not None and not records:  # nothing came any more although the next file was there
+            self._go_over(*following)
         return tuple(rows)
 
     def notes(self) -> tuple[str, ...]:
@@ -213,38 +218,32 @@ class WandbLog:
             self._notes.add(f"{self._frames.path}: {lost} records are lost before record {record.num}")
         self._last_num = record.num
 
-    def _open_next(self) -> bool:
-        """Go over to the next file of the run, if there is one."""
+    def _following(self) -> tuple[RunFile, int, int] | None:
+        """Return the next file of the run, and the offset and record number to begin with."""
         files = run_files(self._path, self._pinned)
-        following = [
-            file
-            for file in files
-            if self._file is None or file.run_id != self._file.run_id or file > self._file
-        ]
         if self._resume is not None:
-            following, offset, num = self._where_it_stood(files)
-        else:
-            offset = num = 0
-        if not following or following[0] == self._file:
-            return False
-        chosen = following[0]
-        frames = Frames(chosen.path, offset)
-        self._leave(chosen)
-        self._frames, self._file, self._last_num, self._exit, self._resume = frames, chosen, num, None, None
-        return True
+            return self._where_it_stood(files)
+        for file in files:
+            if self._file is None or file.run_id != self._file.run_id or file > self._file:
+                return file, 0, 0
+        return None
 
-    def _where_it_stood(self, files: list[RunFile]) -> tuple[list[RunFile], int, int]:
+    def _go_over(self, file: RunFile, offset: int, num: int) -> None:
+        frames = Frames(file.path, offset)
+        self._leave(file)
+        self._frames, self._file, self._last_num, self._exit, self._resume = frames, file, num, None, None
+
+    def _where_it_stood(self, files: list[RunFile]) -> tuple[RunFile, int, int] | None:
         """Find the file of the stored position; where it is gone, start at the oldest and say so."""
         assert self._resume is not None
         name, offset, num = self._resume
-        for index, file in enumerate(files):
+        for file in files:
             if str(file.path) == name:
-                return files[index:], offset, num
-        if files:
-            self._notes.add(
-                f"{name}: the file of the stored position belongs to another run or is gone; starting over"
-            )
-        return files, 0, 0
+                return file, offset, num
+        if not files:
+            return None
+        self._notes.add(f"{name}: the file of the stored position is not of this run; starting over")
+        return files[0], 0, 0
 
     def _leave(self, chosen: RunFile) -> None:
         if self._frames is None or self._file is None:
