@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line on these arguments (default: the process's own) and exit with its code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     wanted = next((word for word in given if not word.startswith("-")), None)
+    if wanted is None and "--version" in given:  # typer would load pydantic to read this one flag
+        _print_version()
     try:
         code = get_command(_app(wanted)).main(given, prog_name="stepguard", standalone_mode=False)
     except typer.TyperException as wrong:
@@ -78,13 +80,16 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
-        from stepguard import __version__  # noqa: PLC0415 - only this flag needs it
-
-        typer.echo(f"stepguard {__version__}")
-        raise typer.Exit
+        _print_version()
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
-        raise typer.Exit
+
+
+def _print_version() -> NoReturn:
+    from stepguard import __version__  # noqa: PLC0415 - only this flag needs it
+
+    typer.echo(f"stepguard {__version__}")
+    raise SystemExit(0)
 
 
 def _add(app: typer.Typer, name: str, module: ModuleType, help_line: str) -> None:

@@ -15,8 +15,8 @@ from stepguardd.control.contract import IncidentDict, ServerDict, StatusDict
 from stepguardd.oneline import one_line
 
 WIDTH = 80
-SERVERS_MAX = 6
-ACTIONS_MAX = 3
+SERVERS_MAX = 4
+ACTIONS_MAX = 2
 WARNINGS_MAX = 2
 SPARKS = "▁▂▃▄▅▆▇█"
 

@@ -1,0 +1,159 @@
+"""The status on a terminal: one screen whatever the daemon says, the worst first, nothing executed."""
+
+import io
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from shell.fake_daemon import WELL
+from stepguardd.cli.status_view import is_well, sparkline, view
+
+
+def drawn(status: Any) -> list[str]:
+    screen = Console(file=io.StringIO(), width=80, height=24, force_terminal=False, highlight=False)
+    screen.print(view(status))
+    return screen.file.getvalue().splitlines()  # type: ignore[attr-defined]
+
+
+def in_phase(phase: str, **more: Any) -> dict[str, Any]:
+    return {**WELL, "breaker": {"phase": phase, "since_s": 12.0, "reason": "server_exited"}, **more}
+
+
+WORST: dict[str, Any] = {
+    **in_phase("locked_out"),
+    "run": "a-very-long-name-" * 10,
+    "servers": [
+        {
+            "name": f"server-with-a-long-name-{i}",
+            "state": state,
+            "since_s": 1e9,
+            "pid": 10**9,
+            "restarts": 10**9,
+        }
+        for i in range(100)
+        for state in ("serving", "dead", "restarting")
+    ],
+    "incident": {
+        "id": "i" * 100,
+        "cause": "c" * 100,
+        "onset_step": 10**15,
+        "opened_s": 1e9,
+        "stage": "s" * 100,
+        "actions": ["did " * 100] * 50,
+    },
+    "rewards": [i / 60 for i in range(60)],
+    "warnings": ["beware " * 100] * 50,
+    "garbage_guarded": 10**9,
+}
+
+
+def test_the_worst_case_fits_one_screen() -> None:
+    lines = drawn(WORST)
+    assert len(lines) < 24, "the prompt needs a line, too"
+    assert max(map(len, lines)) <= 80
+    assert any("and 296 more, 100 of them serving" in line for line in lines)
+
+
+def test_the_worst_servers_are_shown_first() -> None:
+    lines = drawn(WORST)
+    head = next(index for index, line in enumerate(lines) if line.startswith("Server"))
+    assert all(" dead " in line for line in lines[head + 1 : head + 5])
+
+
+@pytest.mark.parametrize(
+    ("status", "word", "advice"),
+    [
+        (in_phase("closed"), "GOING", "Nothing."),
+        (in_phase("half_open"), "ON PROBATION", "under watch"),
+        (in_phase("shadow"), "WATCHED ONLY", "Nothing is held in this mode"),
+        (in_phase("open"), "HELD", "Stepguard is repairing it"),
+        (in_phase("open", mode="hold"), "HELD", "stepguard restart-server"),
+        (in_phase("forced_open"), "PAUSED BY A PERSON", "stepguard resume"),
+        (in_phase("locked_out"), "LOCKED OUT", "stepguard rollback"),
+        (in_phase("quantum"), "QUANTUM", "newer than this command"),
+        (in_phase("closed", trainer={"alive": False}), "GOING", "The trainer is gone"),
+    ],
+)
+def test_each_phase_has_its_word_and_its_advice(status: dict[str, Any], word: str, advice: str) -> None:
+    lines = drawn(status)
+    assert word in lines[0]
+    assert advice in " ".join(lines[-2:])
+
+
+def test_well_means_that_nothing_is_held_or_dead() -> None:
+    assert [is_well(in_phase(phase)) for phase in ("closed", "half_open", "shadow")] == [True] * 3
+    assert not any(is_well(in_phase(phase)) for phase in ("open", "forced_open", "locked_out", "quantum"))
+    assert not is_well(in_phase("closed", trainer={"alive": False}))
+    assert is_well(in_phase("closed", trainer={"alive": None}))
+    assert not is_well(in_phase("closed", servers=[{"name": "a", "state": "dead"}]))
+    assert not is_well({})
+
+
+def test_text_from_outside_is_shown_and_never_obeyed() -> None:
+    """No terminal escapes, no markup, no second line."""
+    lines = drawn({**WELL, "run": "\x1b[31mred\n[bold]x", "warnings": ["[link=file:///etc]\x07 a\nb"]})
+    text = "\n".join(lines)
+    assert "\x1b" not in text
+    assert "\x07" not in text
+    assert "[bold]x" in lines[0]
+    assert "warning: [link=file:///etc]\\x07 a b" in text
+
+
+def test_a_sparkline_shows_level_gap_and_constancy() -> None:
+    assert sparkline([0.0, None, 1.0]) == "▁·█"
+    assert sparkline([0.5, 0.5]) == "▅▅"
+    assert sparkline([None, None]) == "··"
+    assert sparkline([]) == ""
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.none() | st.floats(-1e9, 1e9), max_size=70))
+def test_a_sparkline_has_one_character_a_value(values: list[float | None]) -> None:
+    assert len(sparkline(values)) == len(values)
+
+
+ANY_JSON = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=90)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    status=st.fixed_dictionaries(
+        {},
+        optional={
+            "run": ANY_JSON,
+            "mode": ANY_JSON,
+            "uptime_s": st.none() | st.floats(0, 1e12),
+            "breaker": st.fixed_dictionaries(
+                {}, optional={"phase": st.text(max_size=30), "reason": ANY_JSON}
+            ),
+            "gate": st.fixed_dictionaries({}, optional={"order": ANY_JSON, "generation": ANY_JSON}),
+            "trainer": st.fixed_dictionaries(
+                {},
+                optional={
+                    "alive": st.none() | st.booleans(),
+                    "step": ANY_JSON,
+                    "phase": ANY_JSON,
+                    "reward": st.none() | st.floats(allow_nan=False),
+                    "beat_age_s": st.none() | st.floats(allow_nan=False),
+                },
+            ),
+            "servers": st.lists(
+                st.fixed_dictionaries(
+                    {}, optional={"name": ANY_JSON, "state": st.text(max_size=20), "pid": ANY_JSON}
+                ),
+                max_size=8,
+            ),
+            "incident": st.none()
+            | st.fixed_dictionaries({"actions": st.lists(st.text(max_size=90), max_size=9)}),
+            "rewards": st.lists(st.none() | st.floats(-1e6, 1e6), max_size=70),
+            "warnings": st.lists(st.text(max_size=90), max_size=5),
+        },
+    )
+)
+def test_any_answer_is_drawn_on_one_screen(status: Any) -> None:
+    lines = drawn(status)
+    assert len(lines) <= 24
+    assert all(len(line) <= 80 for line in lines)
