@@ -1,0 +1,366 @@
+"""
+One run of the demo, from its folders to its figures.
+
+Every process belongs to the demo and is ended by it, by pid, however the run ends: a daemon that was told to
+stop its server, a trainer, and where the fault asks for it a supervisor that stands for somebody else's.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from stepguard_grpo import ground_truth
+from stepguard_grpo.ground_truth import TruthRecord
+from stepguard_grpo.model import write_base_model
+
+from .. import proc
+from ..control.client import ControlClient, ControlError, NoDaemonError
+from ..control.contract import SOCKET_NAME
+from .faults import Fault, Scenario, strike
+from .outcome import Figures, figures
+from .supervisor import Supervisor
+
+POLL_S: Final = 0.1
+SERVER_TIMEOUT_S: Final = 90.0
+END_TIMEOUT_S: Final = 15.0
+UNGUARDED_AFTER_FAULT_S: Final = 60.0
+RISEN: Final = 0.7
+RISEN_STEPS: Final = 5
+LATEST_FAULT: Final = 0.6
+EARLIEST_FAULT: Final = 0.35
+
+
+class DemoError(Exception):
+    """The demo cannot go on; the message is one line that says what to look at."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One run to conduct."""
+
+    scenario: Scenario
+    root: Path
+    guarded: bool
+    steps: int
+    seed: int
+    fault_step: int | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """How the run is, for whoever draws it. Changed in place between two looks."""
+
+    plan: Plan
+    records: list[TruthRecord] = field(default_factory=list)
+    status: Mapping[str, Any] = field(default_factory=dict)
+    events: list[str] = field(default_factory=list)
+    fault_step: int | None = None
+    struck_at: float | None = None
+    began: float = field(default_factory=time.monotonic)
+
+
+def conduct(plan: Plan, look: Callable[[Progress], None]) -> tuple[Progress, Figures]:
+    """
+    Run it to its end.
+
+    Args:
+        plan: which run.
+        look: called about ten times a second with how the run is.
+
+    Raises:
+        DemoError: a part did not come up; KeyboardInterrupt passes, with every process ended.
+
+    """
+    progress = Progress(plan=plan)
+    with Arena(plan) as arena:
+        incidents: list[Mapping[str, Any]] = []
+        for _ in arena.trainer_lives():
+            progress.records = ground_truth.read(arena.run_root / "ground_truth.jsonl")
+            arena.watch(progress, incidents)
+            arena.maybe_strike(progress)
+            look(progress)
+            if arena.long_enough(progress):
+                break
+        arena.settle(progress, incidents, look)
+        progress.records = ground_truth.read(arena.run_root / "ground_truth.jsonl")
+        died = arena.how_it_died()
+        look(progress)
+    return progress, figures(
+        progress.records,
+        incidents=incidents,
+        struck_at=progress.struck_at,
+        fault_step=progress.fault_step,
+        died=died,
+    )
+
+
+class Arena:
+    """The folders and processes of one run. Leaving it ends them all."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._scenario = plan.scenario
+        self.root = plan.root
+        self.run_root = plan.root / "run"
+        self._stack = ExitStack()
+        self._port = _free_port()
+        self._trainer: subprocess.Popen[bytes]
+        self._client: ControlClient | None = None
+        self._supervisor: Supervisor | None = None
+        self._server_pid: int | None = None
+        self._seen_actions = 0
+        self._seen_incident: object = None
+
+    def __enter__(self) -> Self:
+        try:
+            self._build()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    # ---- building ------------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        self.run_root.mkdir(parents=True, exist_ok=True)
+        write_base_model(self.run_root / "base", self._plan.seed)
+        scenario = self._scenario
+        if not self._plan.guarded or scenario.supervised:
+            self._supervisor = Supervisor(
+                self._server_command(), self.root / "server.log", restart=scenario.supervised
+            )
+            self._stack.callback(self._supervisor.stop)
+            self._supervisor.start()
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+        environment.pop("STEPGUARD_RUN_DIR", None)
+        if self._plan.guarded:
+            # Short and local: a Unix socket's path holds 107 bytes.
+            run_dir = Path(tempfile.mkdtemp(prefix="stepguard-demo-"))
+            self._stack.callback(shutil.rmtree, run_dir, ignore_errors=True)
+            self._start_daemon(run_dir)
+            environment["STEPGUARD_RUN_DIR"] = str(run_dir)
+        else:
+            self._await_server(lambda: proc.port_taken(self._port))
+        self._trainer = self._spawn(self._trainer_command(), "trainer.log", environment)
+
+    def _server_command(self) -> list[str]:
+        base = str(self.run_root / "base")
+        return [
+            sys.executable,
+            "-m",
+            "stepguard_grpo.server",
+            "--model-path",
+            base,
+            "--port",
+            str(self._port),
+        ]
+
+    def _trainer_command(self) -> list[str]:
+        plan, scenario = self._plan, self._scenario
+        command = [sys.executable, "-m", "stepguard_grpo.train"]
+        command += ["--server-url", f"http://127.0.0.1:{self._port}", "--run-root", str(self.run_root)]
+        command += ["--steps", str(plan.steps), "--seed", str(plan.seed), "--no-resume"]
+        command += ["--weight-sync", scenario.weight_sync]
+        command += ["--failures", scenario.failures if plan.guarded else "zero"]
+        command += ["--guard" if plan.guarded else "--no-guard"]
+        if scenario.fault is Fault.HANG:
+            command += ["--request-timeout-s", "5"]
+        if scenario.fault is Fault.TRAJECTORY and plan.fault_step is not None:
+            command += ["--raise-in-rollout", str(plan.fault_step)]
+        return command
+
+    def _start_daemon(self, run_dir: Path) -> None:
+        config = self.root / "config.toml"
+        config.write_text(self._config(run_dir))
+        daemon = self._spawn(
+            [sys.executable, "-m", "stepguardd", "run", "--config", str(config)],
+            "daemon.log",
+            dict(os.environ),
+        )
+        self._client = ControlClient(run_dir / SOCKET_NAME, timeout_s=2.0)
+        self._stack.callback(self._client.__exit__, None, None, None)
+
+        def serving() -> bool:
+            if daemon.poll() is not None:
+                raise DemoError(f"the daemon did not start; see {self.root / 'daemon.log'}")
+            servers = self._status().get("servers") or [{}]
+            return bool(servers[0].get("state") == "serving")
+
+        self._await_server(serving)
+
+    def _config(self, run_dir: Path) -> str:
+        weights = self.run_root / "weights" / "{version}"
+        backend = "none" if self._scenario.supervised else "process"
+        lines = [
+            "[run]",
+            'name = "demo"',
+            f"run_dir = {json.dumps(str(run_dir))}",
+            f"state_dir = {json.dumps(str(self.root / 'state'))}",
+            'mode = "act"',
+            'servers_on_stop = "stop"',
+            "[server]",
+            'name = "sglang"',
+            f'url = "http://127.0.0.1:{self._port}"',
+            f'backend = "{backend}"',
+        ]
+        if backend == "process":
+            lines.append(f"command = {json.dumps(self._server_command())}")
+            lines.append(f"log = {json.dumps(str(self.root / 'server.log'))}")
+        lines += ["[checkpoints]", f"dir = {json.dumps(str(self.run_root / 'checkpoints'))}"]
+        lines += ["[stream]", f"wandb_dir = {json.dumps(str(self.run_root / 'wandb'))}"]
+        lines += ["[weights]"]
+        if self._scenario.weight_sync == "disk":
+            lines += ['sync = "disk"', f"path = {json.dumps(str(weights))}"]
+        else:
+            lines += ['sync = "nccl"']
+        return "\n".join(lines) + "\n"
+
+    def _spawn(self, command: list[str], log: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        with (self.root / log).open("ab") as out:
+            # A session of its own: Ctrl-C is for the demo, which then ends the others in order.
+            child = subprocess.Popen(
+                command,
+                env=environment,
+                cwd=self.root,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._stack.callback(_end, child)
+        return child
+
+    def _await_server(self, up: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + SERVER_TIMEOUT_S
+        while not up():
+            if time.monotonic() > deadline:
+                raise DemoError(f"the server did not come up; see {self.root / 'server.log'}")
+            time.sleep(POLL_S)
+
+    # ---- watching ------------------------------------------------------------------------------------
+
+    def trainer_lives(self) -> Iterator[None]:
+        """One turn about ten times a second for as long as the trainer runs."""
+        while self._trainer.poll() is None:
+            yield
+            time.sleep(POLL_S)
+
+    def watch(self, progress: Progress, incidents: list[Mapping[str, Any]]) -> None:
+        """Take in the daemon's status: its state, its incidents, and what it says it did."""
+        status = self._status()
+        if not status:
+            return
+        progress.status = status
+        servers = status.get("servers") or []
+        self._server_pid = servers[0].get("pid") if servers else None
+        for key in ("last_incident", "incident"):
+            incident = status.get(key)
+            if incident is None:
+                continue
+            known = [old.get("id") for old in incidents]
+            if incident.get("id") in known:
+                incidents[known.index(incident.get("id"))] = incident
+            else:
+                incidents.append(incident)
+                self._seen_actions = 0
+            self._tell(progress, incident)
+
+    def _tell(self, progress: Progress, incident: Mapping[str, Any]) -> None:
+        if incident.get("id") != self._seen_incident:
+            self._seen_incident, self._seen_actions = incident.get("id"), 0
+        actions = list(incident.get("actions") or ())
+        progress.events.extend(actions[self._seen_actions :])
+        self._seen_actions = max(self._seen_actions, len(actions))
+
+    def _status(self) -> Mapping[str, Any]:
+        if self._client is None:
+            return {}
+        try:
+            return self._client.status()
+        except (NoDaemonError, ControlError):
+            return {}
+
+    def maybe_strike(self, progress: Progress) -> None:
+        """Inject the fault once the reward has risen, or at the step that the other run chose."""
+        fault = self._scenario.fault
+        if progress.fault_step is not None or fault is Fault.NONE or not progress.records:
+            return
+        step = progress.records[-1].step
+        if fault is Fault.TRAJECTORY:
+            if self._plan.fault_step is not None and step >= self._plan.fault_step:
+                progress.fault_step = self._plan.fault_step
+            return
+        if not self._due(progress, step):
+            return
+        pid = self._server_pid if self._supervisor is None else self._supervisor.pid
+        if pid is None:
+            return
+        progress.struck_at = strike(fault, pid)
+        progress.fault_step = step
+        progress.events.append(f"fault: {self._scenario.story}, after step {step}")
+
+    def _due(self, progress: Progress, step: int) -> bool:
+        if self._plan.fault_step is not None:
+            return step >= self._plan.fault_step
+        steps = self._plan.steps
+        recent = [record.reward_mean_true or 0.0 for record in progress.records[-RISEN_STEPS:]]
+        risen = len(recent) == RISEN_STEPS and sum(recent) / RISEN_STEPS >= RISEN
+        return (risen and step >= EARLIEST_FAULT * steps) or step >= LATEST_FAULT * steps
+
+    def long_enough(self, progress: Progress) -> bool:
+        """An unguarded run whose server hangs would never end: a minute of it shows what there is to see."""
+        if self._plan.guarded or progress.struck_at is None:
+            return False
+        return time.monotonic() - progress.struck_at > UNGUARDED_AFTER_FAULT_S
+
+    def settle(
+        self, progress: Progress, incidents: list[Mapping[str, Any]], look: Callable[[Progress], None]
+    ) -> None:
+        """One last look at the daemon, after the trainer's last report."""
+        time.sleep(2 * POLL_S)
+        self.watch(progress, incidents)
+        look(progress)
+
+    def how_it_died(self) -> str | None:
+        """The error that ended the trainer; None when it ended by itself or was cut short by the demo."""
+        code = self._trainer.poll()
+        if code in {None, 0}:
+            return None
+        with suppress(OSError, ValueError):
+            record = json.loads((self.run_root / "run_record.json").read_text())
+            return str(record.get("error") or f"exit code {code}")
+        return f"exit code {code}; see {self.root / 'trainer.log'}"
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """TERM, a while, KILL."""
+    if child.poll() is None:
+        child.send_signal(signal.SIGTERM)
+        try:
+            child.wait(END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+    child.wait(END_TIMEOUT_S)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

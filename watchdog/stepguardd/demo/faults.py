@@ -1,0 +1,126 @@
+"""
+The faults of the demo: each is really injected, and each says beforehand what is to be expected.
+
+Signals go to processes of the demo's own, by pid. The injection time is taken beside the signal, on the
+same clock that the daemon uses.
+"""
+
+import os
+import signal
+from dataclasses import dataclass
+from enum import StrEnum
+
+from .. import clock, proc
+
+
+class Fault(StrEnum):
+    """What happens to the run."""
+
+    KILL = "kill"
+    HANG = "hang"
+    STALE = "stale"
+    ZEROS = "zeros"
+    TRAJECTORY = "trajectory"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """
+    One fault, and the run that it is shown on.
+
+    Args:
+        fault: which.
+        story: what happens, in a line.
+        expected: what Stepguard is expected to do, in a line.
+        restarts: how many restarts it should take.
+        holds: how many times it should hold.
+        failures: what the guarded trainer does with failed rollouts: mask them, or score them 0.
+        weight_sync: how the trainer hands its weights over: by disk, or in a group that dies with the server.
+        supervised: whether something else than Stepguard restarts the server.
+
+    """
+
+    fault: Fault
+    story: str
+    expected: str
+    restarts: int
+    holds: int
+    failures: str = "mask"
+    weight_sync: str = "disk"
+    supervised: bool = False
+
+
+SCENARIOS: dict[Fault, Scenario] = {
+    Fault.KILL: Scenario(
+        fault=Fault.KILL,
+        story="SIGKILL to the server's scheduler",
+        expected="hold, one restart, weights pushed, no garbage step",
+        restarts=1,
+        holds=1,
+    ),
+    Fault.HANG: Scenario(
+        fault=Fault.HANG,
+        story="SIGSTOP to the server's scheduler",
+        expected="hold, SIGCONT, no restart, no garbage step",
+        restarts=0,
+        holds=1,
+    ),
+    Fault.STALE: Scenario(
+        fault=Fault.STALE,
+        story="the server is killed; its own supervisor restarts it with the base weights",
+        expected="hold, re-sync by the trainer, no restart of ours, no garbage step",
+        restarts=0,
+        holds=1,
+        weight_sync="group",
+        supervised=True,
+    ),
+    Fault.ZEROS: Scenario(
+        fault=Fault.ZEROS,
+        story="SIGKILL to the scheduler, and a trainer that scores every failure 0",
+        expected="hold, one restart, the zeros refused before their step",
+        restarts=1,
+        holds=1,
+        failures="zero",
+    ),
+    Fault.TRAJECTORY: Scenario(
+        fault=Fault.TRAJECTORY,
+        story="one trajectory of many raises an exception",
+        expected="the trajectory is masked, no hold",
+        restarts=0,
+        holds=0,
+    ),
+    Fault.NONE: Scenario(
+        fault=Fault.NONE,
+        story="nothing goes wrong",
+        expected="no hold, no restart",
+        restarts=0,
+        holds=0,
+    ),
+}
+
+
+def strike(fault: Fault, server_pid: int) -> float | None:
+    """
+    Do it.
+
+    Args:
+        fault: what to do to the server; a `trajectory` is the trainer's own doing.
+        server_pid: the server's parent process, one of the demo's own.
+
+    Returns:
+        The moment, in monotonic seconds; None when this fault is not done to a server.
+
+    Raises:
+        ProcessLookupError: the server has no scheduler to strike.
+
+    """
+    if fault in {Fault.NONE, Fault.TRAJECTORY}:
+        return None
+    schedulers = [known for known in proc.tree(server_pid) if known.role == "scheduler"]
+    if not schedulers:
+        raise ProcessLookupError(f"the server (pid {server_pid}) has no scheduler to strike")
+    what = signal.SIGSTOP if fault is Fault.HANG else signal.SIGKILL
+    at = clock.monotonic()
+    os.kill(schedulers[0].pid, what)
+    return at
