@@ -545,7 +545,12 @@ def _refuse_network(path: Path) -> None:
         mounts = Path("/proc/self/mountinfo").read_text(errors="replace")
     except OSError:
         return
-    kind = file_system_of(Path(os.path.realpath(path.parent)), mounts)
+    refuse_network(path, mounts)
+
+
+def refuse_network(path: Path, mountinfo: str) -> None:
+    """Raise NetworkFileSystem where a page at `path` would lie on one; `mountinfo` as the kernel tells it."""
+    kind = file_system_of(Path(os.path.realpath(path.parent)), mountinfo)
     if kind in _NETWORK_FILE_SYSTEMS:
         raise NetworkFileSystem(
             f"the gate page {path} would lie on {kind}, where a mapped page is not shared;"
