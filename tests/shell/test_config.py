@@ -5,15 +5,19 @@ import json
 import re
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepguard.settings import GuardSettings as TrainerSettings
+from stepguardd.checkpoints.layouts import Framework
 from stepguardd.config import Config, ConfigError, load_config, read_config, warnings
 from stepguardd.config.loading import keys, parse_assignments, sections
 from stepguardd.config.text import as_markdown, as_toml, default_file, toml_value
+from stepguardd.core.reward import RewardConfig
+from stepguardd.settings import core_settings
 
 ROOT = Path(__file__).parents[2]
 SERVER = '[server]\nurl = "http://127.0.0.1:30000"\ncommand = ["true"]\n'
@@ -240,6 +244,22 @@ def test_the_guards_section_is_the_trainers_own_type() -> None:
     assert {field.name for field in dataclasses.fields(TrainerSettings)} == set(
         sections()["guard"].model_fields
     )
+
+
+def test_every_known_framework_can_be_named() -> None:
+    named = set(get_args(sections()["checkpoints"].model_fields["framework"].annotation))
+    assert named == {"auto", *Framework} - {Framework.CUSTOM}
+
+
+def test_what_the_core_decides_by_can_be_set_under_the_same_name() -> None:
+    """And at its default the core gets the core's own default, but for the window: see `warnings`."""
+    core = core_settings(Config())
+    settable = {key.rpartition(".")[2] for key in keys()}
+    for field in dataclasses.fields(core):
+        assert field.name in settable | {"push_weights", "reward"}, field.name
+    unlike = {field.name for field in dataclasses.fields(core) if getattr(core, field.name) != field.default}
+    assert unlike <= {"restart_window_s", "reward"}
+    assert core.reward == RewardConfig()
 
 
 def test_a_window_in_which_the_budget_cannot_run_out_is_warned_of(tmp_path: Path) -> None:

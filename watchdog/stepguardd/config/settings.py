@@ -262,7 +262,8 @@ class RewardSettings(Section):
     metric: str = Field(
         default="auto",
         min_length=1,
-        description='The metric that is the reward. "auto" knows the names that the common trainers use.',
+        description='The metric that is the reward, or a pattern for its name ("*/reward/mean"). "auto" knows '
+        "the names that the common trainers use.",
         examples=["grpo_actor/task_reward/avg"],
     )
     rollouts_per_step: int | None = Field(
@@ -416,11 +417,20 @@ class CheckpointSettings(Section):
         description="The folder of checkpoints. By default what the guard reports as saved.",
         examples=["checkpoints"],
     )
-    framework: str = Field(
-        default="auto",
-        min_length=1,
-        description='Whose layout it has. "auto" looks.',
-    )
+    framework: Literal[
+        "auto",
+        "verl",
+        "slime",
+        "miles",
+        "areal",
+        "trl",
+        "openrlhf",
+        "prime-rl",
+        "skyrl",
+        "nemo-rl",
+        "roll",
+        "dcp",
+    ] = Field(default="auto", description='Whose layout the folder has. "auto" looks.')
     keep_proven: int = Field(
         default=2, ge=1, description="This many proven checkpoints are kept from being rotated away."
     )

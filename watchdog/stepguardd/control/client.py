@@ -7,7 +7,6 @@ person.
 
 import json
 import socket
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +14,7 @@ from typing import Any, Self, cast
 
 import httpx
 
+from stepguardd import clock
 from stepguardd.control.contract import REPLY_BYTES_MAX, Refused, StatusDict, Verb
 
 TIMEOUT_S = 5.0
@@ -81,7 +81,7 @@ class ControlClient:
     def _call(
         self, method: str, what: str, body: Mapping[str, object] | None, limit_s: float
     ) -> dict[str, Any]:
-        deadline = time.monotonic() + limit_s
+        deadline = clock.monotonic() + limit_s
         self._knock()
         try:
             with self._http.stream(method, f"/api/v1/{what}", json=body, timeout=limit_s) as reply:
@@ -90,7 +90,7 @@ class ControlClient:
                     content += chunk
                     if len(content) > REPLY_BYTES_MAX:
                         raise ControlError(f"{self.socket_path}: the answer is larger than 1 MiB")
-                    if time.monotonic() > deadline:
+                    if clock.monotonic() > deadline:
                         raise ControlError(f"{self.socket_path}: no whole answer within {limit_s:g} s")
                 code = reply.status_code
         except httpx.ConnectError as error:
