@@ -218,14 +218,12 @@ class Daemon:
         wanted = {server.repair.intent for server in self.state.servers if server.repair is not None}
         wanted |= {self.state.rollback.intent if self.state.rollback is not None else None}
         for server in self._servers.values():
-            server.processes.adopt(server.backend.find())
+            server.processes.look()
         for effect in unfinished:
             if effect.intent in wanted:
                 self._begin(effect, None)
             else:
                 self.feed(EffectEnded(intent=effect.intent, ok=False, detail="overtaken by events"))
-        for server in self._servers.values():
-            server.processes.look()
 
     async def _close(self) -> None:
         """Stop the effects, tell the trainer that nobody is there, and leave the servers as configured."""
