@@ -160,6 +160,12 @@ def shaped(rng: Rng) -> Curve:
 
 def curriculum(rng: Rng) -> Curve:
     """Harder tasks every few hundred steps: a fall to a level of its own, and up again."""
+    level, switches = _switching(rng)
+    values = some_batch(rng).draw(rng, level)
+    return Curve(steps=list(range(len(values))), values=rounded(rng, values), switches=switches)
+
+
+def _switching(rng: Rng) -> tuple[Floats, tuple[int, ...]]:
     parts, switches, level = [], [], rng.uniform(0.1, 0.3)
     total, target = _length(rng), rng.uniform(0.6, 0.9)
     while sum(map(len, parts)) < total:
@@ -168,8 +174,7 @@ def curriculum(rng: Rng) -> Curve:
         switches.append(sum(map(len, parts)))
         level = target * rng.uniform(0.45, 0.8)
         target = rng.uniform(level + 0.05, 0.92)
-    values = some_batch(rng).draw(rng, np.concatenate(parts))
-    return Curve(steps=list(range(len(values))), values=rounded(rng, values), switches=tuple(switches[:-1]))
+    return np.concatenate(parts), tuple(switches[:-1])
 
 
 def saturated(rng: Rng) -> Curve:
@@ -261,6 +266,21 @@ def slow_decline(rng: Rng) -> Curve:
     n = _length(rng)
     level = np.linspace(rng.uniform(0.7, 0.9), rng.uniform(0.55, 0.65), n)
     return Curve(steps=list(range(n)), values=rounded(rng, some_batch(rng).draw(rng, level)))
+
+
+def curriculum_shaped(rng: Rng) -> Curve:
+    """The same with a shaped reward in a range of its own."""
+    level, switches = _switching(rng)
+    scale, offset = 10 ** rng.uniform(-1, 2), rng.uniform(-1, 1)
+    values = scale * (offset + 1.5 * level + rng.normal(0, rng.uniform(0.03, 0.15), len(level)))
+    return Curve(steps=list(range(len(values))), values=rounded(rng, values), switches=switches)
+
+
+def curriculum_small(rng: Rng) -> Curve:
+    """The same with 8 or 16 rollouts."""
+    level, switches = _switching(rng)
+    values = Batch(int(rng.choice([8, 16])), 1, 0.0).draw(rng, level)
+    return Curve(steps=list(range(len(values))), values=rounded(rng, values), switches=switches)
 
 
 # --- Faulty
@@ -425,7 +445,7 @@ HEALTHY = tuple(
     Family(name=make.__name__, make=make, healthy=True, held_out=held_out)
     for held_out, makes in (
         (False, (dense, sparse, shaped, curriculum, saturated, tiny_batch, gaps, restarts)),
-        (True, (wobble, heavy_tails, partial_credit, seasons, sparse_groups, slow_decline)),
+        (True, (wobble, heavy_tails, partial_credit, seasons, sparse_groups, slow_decline, curriculum_shaped, curriculum_small)),
     )
     for make in makes
 )

@@ -53,6 +53,8 @@ class Model(NamedTuple):
     """Shares: rollouts after the over-dispersion, the exponent of the quasi-likelihood."""
     level: float
     """The lowest level that still counts as the baseline: one standard error below the estimate."""
+    near: float
+    """Half a standard error below the estimate."""
     sigma: float
     """Standard deviation of one healthy value."""
     floor: float
@@ -72,14 +74,19 @@ def model_of(config: RewardConfig, baseline: Baseline, learned: Learned, ok: int
         sigma = sqrt(p * (1 - p) / n * baseline.noise)
         # A standard error below, but never so low that nothing is left: on few successes the error is relative.
         error = sigma / sqrt(weight)
-        low = p * exp(-error / p) if error < p else p * 0.37
-        return Model(True, n, n / baseline.noise, min(low, _SATURATED), sigma, 0.0, 1.0 / n)
+        low = p * exp(-min(error / p, 2.0))
+        near = p * exp(-0.5 * min(error / p, 2.0))
+        return Model(
+            True, n, n / baseline.noise, min(low, _SATURATED), min(near, _SATURATED), sigma, 0.0, 1.0 / n
+        )
     if baseline.noise_weight < config.warmup_steps:
         return None
     resolution = max(10.0**-learned.decimals, _EXACT)
     sigma = sqrt(baseline.noise) + 0.3 * resolution
     floor = 0.0 if 0.0 <= baseline.low <= 0.5 * baseline.level else baseline.low
-    return Model(False, 0.0, 0.0, baseline.level - sigma / sqrt(weight), sigma, floor, resolution)
+    error = sigma / sqrt(weight)
+    level = baseline.level - error
+    return Model(False, 0.0, 0.0, level, level + 0.5 * error, sigma, floor, resolution)
 
 
 def log_constant(model: Model, level: float, value: float) -> float:
@@ -118,6 +125,7 @@ def absorb(config: RewardConfig, baseline: Baseline, value: float, suspicious: b
         held,
         total,
         zeros,
+        squares,
         ties,
     ) = baseline
     if seen == 0:
@@ -132,12 +140,18 @@ def absorb(config: RewardConfig, baseline: Baseline, value: float, suspicious: b
             ties = 0
         tie_rate -= gain * tie_rate
     innovation = value - fast
-    noise, noise_weight = _noise_after(baseline, innovation, value == last)
+    square = innovation * innovation * _FAST_CORRECTION
+    if rollouts:
+        p = fast if fast > 0.5 / rollouts else 0.5 / rollouts
+        square *= rollouts / (p * (1 - p) if p < 1 - 0.5 / rollouts else 0.5 / rollouts)
+    if noise_weight >= 8 and square > 16.0 * noise:
+        square = 16.0 * noise  # an outlier counts as four sigmas
     fast += _FAST_GAIN * innovation if seen > 6 else innovation / (seen + 1)
     if suspicious:
         held += 1
         total += value
         zeros += value == 0.0
+        squares += square
     else:
         if held:
             keep = (1 - 1 / memory) ** held
@@ -146,8 +160,16 @@ def absorb(config: RewardConfig, baseline: Baseline, value: float, suspicious: b
                 keep = weight / (weight + held)
                 weight = min(memory, weight + held)
             level += (1 - keep) * (total / held - level)
-            held, total, zeros = 0, 0.0, 0
+            noise_weight = min(_NOISE_MEMORY, noise_weight + held)
+            noise += held / (noise_weight + held) * (squares / held - noise)
+            held, total, zeros, squares = 0, 0.0, 0, 0.0
         zero_rate += gain * ((value == 0.0) - zero_rate)
+        if noise_weight >= 1 or value != last:  # a constant start says nothing about the noise
+            if noise_weight < _NOISE_MEMORY:
+                noise_weight += 1.0
+            noise += (square - noise) / noise_weight
+            if rollouts and noise < 0.25:
+                noise = 0.25
         if weight < memory:
             weight += 1.0
         level += (value - level) / weight
@@ -177,41 +199,27 @@ def absorb(config: RewardConfig, baseline: Baseline, value: float, suspicious: b
         held,
         total,
         zeros,
+        squares,
         ties,
     )
 
 
-def _noise_after(baseline: Baseline, innovation: float, tie: bool) -> tuple[float, float]:
-    """The noise and its weight after an innovation against the fast level. Outliers count as four sigmas."""
-    noise, weight = baseline.noise, baseline.noise_weight
-    n = baseline.rollouts
-    if n:
-        p = min(max(baseline.fast, 0.5 / n), 1 - 0.5 / n)
-        square = innovation * innovation * _FAST_CORRECTION * n / (p * (1 - p))
-        square = min(square, 16.0 * noise)
-        if weight < _NOISE_MEMORY:
-            weight += 1.0
-        return max(0.25, noise + (square - noise) / weight), weight
-    if tie and weight < 1:  # a constant start says nothing about the noise
-        return noise, weight
-    square = innovation * innovation * _FAST_CORRECTION
-    if weight < 1:
-        return square, 1.0
-    if weight >= 8:
-        square = min(square, 16.0 * noise)
-    if weight < _NOISE_MEMORY:
-        weight += 1.0
-    return noise + (square - noise) / weight, weight
-
-
 def release(baseline: Baseline) -> Baseline:
     """The baseline without the values that were held back: they turned out to be bad."""
-    return baseline._replace(pending_n=0, pending_sum=0.0, pending_zeros=0)
+    return baseline._replace(pending_n=0, pending_sum=0.0, pending_zeros=0, pending_noise=0.0)
 
 
 def adopt(baseline: Baseline, level: float, weight: float) -> Baseline:
     """The baseline at a new level that was accepted as healthy."""
-    return baseline._replace(level=level, fast=level, weight=max(1.0, weight), pending_n=0, pending_sum=0.0, pending_zeros=0)
+    return baseline._replace(
+        level=level,
+        fast=level,
+        weight=max(1.0, weight),
+        pending_n=0,
+        pending_sum=0.0,
+        pending_zeros=0,
+        pending_noise=0.0,
+    )
 
 
 def learn(

@@ -62,7 +62,7 @@ def after(
         z = (value - model.level) / sigma
         half += _student(z, max(_HALF * height, 2.0))
         quarter += _student(z, max((1 - _QUARTER) * height, 1.5))
-        if height > 8.0:
+        if height > 8.0 and model.floor == 0.0:  # a floor that is only the lowest value so far proves nothing
             near += _student(z + (1 - _LEAST) * height, (_LEAST - _GONE) * height)
         if start is not None:
             back += _student(z, (model.level - start) / sigma)

@@ -41,8 +41,8 @@ _BACK_NATS = 3.0  # 20 to 1 that the stream is back
 _EPISODE_GAP = 10  # quiet steps that end a warning
 _WITNESSED_NATS = 3.0  # what the reward itself must say for a second witness to count
 _WITNESS_NATS = 4.0
-_START_ODDS = 4.0
-_START_STEPS = 5, 16
+_START_ODDS = 5.0
+_START_STEPS = 4, 8
 _TREND_NATS = 7.0
 _TREND_COUNT = 8
 _DECAYED = 0.36  # of the baseline's height
@@ -284,8 +284,8 @@ def _hold(
         and run.length >= streak
         and not runs.is_sparse(model, state.baseline)
     ):
-        evidence = (("zeros", float(run.length)), ("zero_streak_hold", float(streak)))
-        return _held(state, seen, Reason.ZERO_STREAK, run.first_step, evidence)
+        zeros = (("zeros", float(run.length)), ("zero_streak_hold", float(streak)))
+        return _held(state, seen, Reason.ZERO_STREAK, run.first_step, zeros)
     if config.min_reward is not None and value < config.min_reward:
         return _min_reward(config, seen, value)
     return None
@@ -484,14 +484,17 @@ def _warning(
     streak = config.zero_streak_warn
     if streak is not None and value == 0.0 and run.length >= streak and not runs.is_sparse(model, baseline):
         return _warned(state, seen, Reason.ZERO_STREAK, run.first_step, (("zeros", float(run.length)),))
+    if run.evidence >= config.warn_nats:
+        evidence = (("value", value), ("run_length", float(run.length)), ("nats", run.evidence))
+        return _warned(state, seen, Reason.REWARD_COLLAPSE, run.first_step, evidence)
     if model is not None and run.length > 3:
         stuck = runs.stuck_nats(config, model, baseline, run)
         if stuck >= config.stuck_nats:
             evidence = (("value", value), ("run_length", float(run.length)), ("nats", stuck))
             return _warned(state, seen, Reason.REWARD_STUCK, run.first_step, evidence)
     if state.same_spread >= 3:
-        evidence = (("steps", float(state.same_spread)), ("value", value))
-        return _warned(state, seen, Reason.REWARD_VARIANCE_COLLAPSE, None, evidence)
+        same = (("steps", float(state.same_spread)), ("value", value))
+        return _warned(state, seen, Reason.REWARD_VARIANCE_COLLAPSE, None, same)
     if (moved := witnesses.warned(state.tracks)) is not None:
         reason, track = moved
         return _warned(state, seen, reason, None, (("scales", track.z), ("usual", track.mean)))

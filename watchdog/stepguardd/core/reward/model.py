@@ -30,6 +30,7 @@ __all__ = [
     "RewardState",
     "Run",
     "Spread",
+    "Switched",
     "Track",
     "Trip",
     "Verdict",
@@ -39,8 +40,8 @@ __all__ = [
 
 # How the two budgets of false alarms are shared out among the tests: a test with the share s gets the threshold
 # log(budget / s), so that all of them together keep the budget.
-_HOLD_SHARE_RUN = 0.4
-_HOLD_SHARE_OTHER = 0.2  # near the floor, starting level, decay and witnessed loss have one of these each
+_HOLD_SHARE_RUN = 0.5
+_HOLD_SHARE_OTHER = 0.125  # near the floor, starting level, decay and witnessed loss have one of these each
 _WARN_SHARE_FALL = 0.5
 _WARN_SHARE_STUCK = 0.25
 
@@ -216,6 +217,7 @@ class Baseline(NamedTuple):
     """Values held back because a test is suspicious of them; absorbed when it no longer is."""
     pending_sum: float = 0.0
     pending_zeros: int = 0
+    pending_noise: float = 0.0
     pending_ties: int = 0
     """Ties of the run that is going on; they count towards `tie_rate` when it ends."""
 
@@ -238,6 +240,9 @@ class Learned(NamedTuple):
     stride: int = 8
 
 
+Switched = tuple[float, float, float]
+
+
 class Run(NamedTuple):
     """The same number again and again, far below the baseline or simply stuck."""
 
@@ -246,7 +251,7 @@ class Run(NamedTuple):
     first_step: int = 0
     plain: float = 0.0
     """Nats against: the healthy baseline gives this run."""
-    switched: tuple[float, ...] = ()
+    switched: Switched | None = None
     """Log-likelihoods of the run after legitimate switches to lower levels."""
     rollouts: int = 0
     evidence: float = 0.0

@@ -13,11 +13,12 @@ from __future__ import annotations
 from math import exp, log, log1p
 
 from stepguardd.core.reward.baseline import Model, log_any_tie, log_constant
-from stepguardd.core.reward.model import Baseline, Fall, RewardConfig, Run
+from stepguardd.core.reward.model import Baseline, Fall, RewardConfig, Run, Switched
 
 __all__ = ["constant_run", "is_sparse", "stuck_nats"]
 
-_NO_RUN = Run()
+_GRID = 0.15  # of the height, between the two lower levels that the likelihood is computed for
+_NEVER = -1e6
 
 
 def constant_run(
@@ -52,17 +53,17 @@ def constant_run(
     floor = value in {0.0, -1.0} or (model.shares and value == 0.0)
     if not floor and z > -3.0:
         return Run(value, length, first)
-    before = run if again and run.switched else None
     gained = -_log_healthy(model, baseline, value, floor)
     if not floor and not again:
         # A constant that nobody could name beforehand proves nothing by being exact: only its distance counts.
         gained = max(
             0.0, gained + log(model.resolution / max(baseline.high - baseline.low, model.resolution))
         )
-    plain = gained + (before.plain if before else 0.0)
-    rollouts = ok + (before.rollouts if before else 0)
+    plain, rollouts, switched = gained, ok * length, None
+    if again and run.rollouts:
+        plain, rollouts, switched = plain + run.plain, ok + run.rollouts, run.switched
     if plain < 4.0:
-        return Run(value, length, first, plain, before.switched if before else (0.0,) * 4, rollouts, plain)
+        return Run(value, length, first, plain, None, rollouts, plain)
     evidence = plain
     if model.shares and value == 0.0:
         # Beta-binomial with the baseline's own uncertainty: how often does a rate known this badly give no success?
@@ -70,15 +71,15 @@ def constant_run(
         evidence = min(
             evidence, baseline.level * trials * log1p(rollouts / max(model.rollouts * baseline.weight, 1.0))
         )
-    switched = _switched(config, model, baseline, value, floor, before, length)
+    switched = _switched(config, model, baseline, value, floor, switched, length)
     evidence = _together(config, evidence, switched)
-    if fall.active:
+    if fall.active and fall.age > length:
         evidence = min(evidence, _within_fall(model, fall, value, length))
     return Run(value, length, first, plain, switched, rollouts, max(evidence, 0.0))
 
 
 def _log_healthy(model: Model, baseline: Baseline, value: float, floor: bool) -> float:
-    exact = log_constant(model, model.level, value)
+    exact = log_constant(model, model.near, value)
     if not floor or value != 0.0:
         return exact
     # Where zeros are nothing unheard of, how often they really came is the better estimate.
@@ -94,25 +95,34 @@ def _switched(
     baseline: Baseline,
     value: float,
     floor: bool,
-    before: Run | None,
+    before: Switched | None,
     length: int,
-) -> tuple[float, ...]:
-    """Log-likelihoods of the whole run after a switch to three lower levels, and to the constant's own level."""
-    height = model.level - model.floor
-    least = config.legitimate_fall
+) -> Switched:
+    """Log-likelihoods of the whole run after a switch to two lower levels, and to the constant's own level."""
+    height = model.near - model.floor
+    least = model.floor + height * config.legitimate_fall
     times = 1 if before else length  # a run that starts to be watched late is taken as a whole
-    levels = [model.floor + height * share for share in (least, 0.5 * (1 + least), 0.75 + 0.25 * least)]
-    logs = [times * log_constant(model, level, value) for level in levels]
-    logs.append(-1e9 if floor else times * min(log_any_tie(model, baseline, model.level), -0.7))
-    return tuple(a + b for a, b in zip(before.switched, logs, strict=True)) if before else tuple(logs)
+    logs = (
+        times * log_constant(model, least, value),
+        times * log_constant(model, least + _GRID * height, value),
+        _NEVER if floor else times * min(log_any_tie(model, baseline, model.level), -0.7),
+    )
+    return (before[0] + logs[0], before[1] + logs[1], max(_NEVER, before[2] + logs[2])) if before else logs
 
 
-def _together(config: RewardConfig, evidence: float, switched: tuple[float, ...]) -> float:
+def _together(config: RewardConfig, evidence: float, switched: Switched) -> float:
     """Nats against the whole healthy hypothesis: the baseline, or a legitimate switch away from it."""
-    top = max(switched)
-    share = log(sum(exp(x - top) for x in switched) / len(switched)) + top - log(config.switch_every_steps)
-    high, low = max(-evidence, share), min(-evidence, share)
-    return -(high + log1p(exp(low - high)))
+    least, next_up, own = switched
+    # Every level between the least and the baseline is equally likely after a switch; the likelihood falls off
+    # exponentially from the least one up.
+    rate = max(0.0, least - next_up) / _GRID * (1 - config.legitimate_fall)
+    average = least - log(rate / (1 - exp(-rate))) if rate > 1e-6 else least
+    legitimate = _log_add(average, own) - log(config.switch_every_steps)
+    return -_log_add(-evidence, legitimate)
+
+
+def _log_add(a: float, b: float) -> float:
+    return a + log1p(exp(b - a)) if a > b else b + log1p(exp(a - b))
 
 
 def _within_fall(model: Model, fall: Fall, value: float, length: int) -> float:
