@@ -254,11 +254,13 @@ from stepguard.gate import DaemonHalf, GatePage, Order
 page = GatePage.create(Path(sys.argv[1]))
 seen = page.daemon()
 n = 0 if seen is None else seen.generation
-print("writing", flush=True)
 while True:
     n += 1
     page.publish(DaemonHalf(order=Order(n % 6), generation=n, reason=f"r{n}" * (n % 20), lease_deadline_ns=n,
         target_step=n, target_path=f"/ckpt/{n}", judged_batch=n, judged_step=n, judged_ok=bool(n % 2)))
+    if seen is not page:
+        seen = page
+        print("writing", flush=True)
 """
 
 
@@ -283,7 +285,7 @@ def test_a_writer_killed_again_and_again_never_shows_a_mixed_state(tmp_path: Pat
     path = tmp_path / "gate"
     GatePage.create(path).close()
     reader = GatePage.open(path, writable=False)
-    newest = reads = unknown = killed = 0
+    newest = reads = killed = 0
     for round_number in range(12):
         writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE)
         assert writer.stdout is not None
@@ -292,9 +294,7 @@ def test_a_writer_killed_again_and_again_never_shows_a_mixed_state(tmp_path: Pat
         while time.monotonic() < until:
             half = reader.daemon()
             reads += 1
-            if half is None:
-                unknown += 1
-                continue
+            assert half is not None
             assert of_one_write(half)
             assert half.generation >= newest
             newest = half.generation
@@ -308,8 +308,6 @@ def test_a_writer_killed_again_and_again_never_shows_a_mixed_state(tmp_path: Pat
     assert killed == 12
     assert newest > 1000
     assert reads > 1000
-    # Before the first write only, or a reader lapped 64 times over.
-    assert unknown < reads / 10
 
 
 def test_a_reason_is_cut_at_a_character_and_a_path_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:

@@ -274,7 +274,6 @@ class GatePage:
             raise Unreachable(
                 f"the gate page {path} needs a little-endian machine; run without STEPGUARD_RUN_DIR"
             )
-        _refuse_network(path)
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
         try:
             descriptor = os.open(path, flags)
@@ -285,6 +284,7 @@ class GatePage:
                 f"cannot open the gate page {path}: {error.strerror}; check its owner and mode"
             ) from error
         try:
+            _refuse_network(path)
             _check(path, descriptor, boot_id)
             return cls(path, descriptor, writable=writable, boot_id=boot_id)
         except OSError as error:

@@ -314,7 +314,7 @@ class Obedience:
             return False, f"no handler for {act.order.name}"
         try:
             handler(*arguments)
-        except Exception as error:
+        except Exception as error:  # the border of the handler: its failure is the answer
             self._logger.exception("the handler for %s failed", act.order.name)
             return False, f"{type(error).__name__}: {error}"[:500]
         return True, ""
