@@ -262,8 +262,8 @@ class RewardSettings(Section):
     metric: str = Field(
         default="auto",
         min_length=1,
-        description='The metric that is the reward, or a pattern for its name ("*/reward/mean"). "auto" knows '
-        "the names that the common trainers use.",
+        description='The metric that is the reward, or a pattern for its name ("*/reward/mean"). "auto" '
+        "knows the names that the common trainers use.",
         examples=["grpo_actor/task_reward/avg"],
     )
     rollouts_per_step: int | None = Field(
