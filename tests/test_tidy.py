@@ -5,6 +5,7 @@ What a linter already checks is not repeated here.
 """
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -62,20 +63,31 @@ def within(path: Path, *folders: str) -> bool:
     return any(path.is_relative_to(folder) for folder in folders)
 
 
+@functools.cache
+def tree(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
+@functools.cache
+def nodes(source: str) -> list[ast.AST]:
+    return list(ast.walk(tree(source)))
+
+
 def imports(source: str) -> Iterator[tuple[int, str, int]]:
     """Line, module and level (dots) of every import, wherever in the file it stands."""
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name, 0) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield node.lineno, node.module or "", node.level
 
 
-def calls(source: str) -> Iterator[tuple[int, str, ast.Call]]:
+@functools.cache
+def calls(source: str) -> list[tuple[int, str, ast.Call]]:
     """Line, dotted name and node of every call."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call):
-            yield node.lineno, ast.unparse(node.func), node
+    return [
+        (node.lineno, ast.unparse(node.func), node) for node in nodes(source) if isinstance(node, ast.Call)
+    ]
 
 
 # --- the rules ---
@@ -159,7 +171,7 @@ def broad_excepts(path: Path, source: str) -> Iterator[tuple[int, bool]]:
     if within(path, "tests", "benchmarks"):
         return
     lines = source.splitlines()
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if not isinstance(node, ast.ExceptHandler):
             continue
         caught = "BaseException" if node.type is None else ast.unparse(node.type)
@@ -189,8 +201,9 @@ def no_test_waits_for_time(path: Path, source: str) -> Iterator[str]:
     """A sleep is either too short or too long: tests turn the clock themselves. Real processes (e2e) may."""
     if not within(path, "tests") or within(path, "tests/e2e"):
         return
-    tree = ast.parse(source)
-    real = [node for node in tree.body if "pytest.mark.e2e" in " ".join(map(ast.unparse, _marks(node)))]
+    real = [
+        node for node in tree(source).body if "pytest.mark.e2e" in " ".join(map(ast.unparse, _marks(node)))
+    ]
     if any(isinstance(node, ast.Assign) for node in real) or not path.name.startswith("test_"):
         return
     excused = {line for node in real for line in range(node.lineno, (node.end_lineno or 0) + 1)}
@@ -225,7 +238,7 @@ def no_test_is_switched_off(path: Path, source: str) -> Iterator[str]:
     """A test runs, or has a condition and a reason (skipif), or is deleted."""
     if not within(path, "tests"):
         return
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.Attribute) and ast.unparse(node) in {"pytest.mark.skip", "unittest.skip"}:
             yield f"{node.lineno}: a test is switched off"
 

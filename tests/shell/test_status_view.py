@@ -118,7 +118,7 @@ def test_a_sparkline_has_one_character_a_value(values: list[float | None]) -> No
 ANY_JSON = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=90)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(
     status=st.fixed_dictionaries(
         {},
