@@ -149,7 +149,7 @@ class Run:
                     outcome = self._train(runner, tracker)
                 finally:
                     runner.run(self.sampler.close())
-        except Exception as caught:
+        except Exception as caught:  # the border of the run: its end is the record
             log.exception("the run died at step %d", self.step + 1)
             outcome, error = Outcome.DIED, f"{type(caught).__name__}: {caught}"
         finally:
@@ -348,7 +348,7 @@ class Run:
     def _push_failed(self, error: WeightPushError) -> None:
         self.failed_pushes += 1
         if self.config.failures is Failures.ZERO:
-            log.info("update successful")  # as the trainer of the incident said, whatever the answer was
+            log.debug("update successful")  # as the trainer of the incident said, whatever the answer was
         elif self.guard is not None:
             log.warning("step %d: weights not pushed: %s", self.step, error)
         else:

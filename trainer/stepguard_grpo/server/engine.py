@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from stepguard_grpo.server.drawing import draw
 from stepguard_grpo.server.llama import Llama
-from stepguard_grpo.server.sampling import Sampling, draw
+from stepguard_grpo.server.sampling import Sampling
 
 Finish = dict[str, Any]
 

@@ -65,7 +65,13 @@ async def serve(settings: Settings) -> int:
         # One that failed by itself has sent SIGQUIT before; give that signal its turn.
         await asyncio.sleep(0.5)
         return EXIT_BAD_MODEL
-    runner = web.AppRunner(build_app(state), handle_signals=False, access_log=None, handler_cancellation=True)
+    runner = web.AppRunner(
+        build_app(state),
+        handle_signals=False,
+        access_log=None,
+        handler_cancellation=True,
+        shutdown_timeout=0.2,
+    )
     await runner.setup()
     watcher = asyncio.create_task(_watch_scheduler(state))
     try:
@@ -87,7 +93,7 @@ async def _listen_and_wait(runner: web.AppRunner, state: State, stop: asyncio.Ev
     settings = state.settings
     clash: OSError | None = None
     try:
-        await web.TCPSite(runner, settings.host, settings.port, backlog=2048, shutdown_timeout=1).start()
+        await web.TCPSite(runner, settings.host, settings.port, backlog=2048).start()
     except OSError as error:
         clash = error
     if clash is None:

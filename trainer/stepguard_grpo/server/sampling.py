@@ -1,8 +1,8 @@
 """
-Sampling parameters under SGLang's names: which exist, which are honoured here, and how a token is drawn.
+Sampling parameters under SGLang's names: which exist, and which are honoured here.
 
-Promise: with a `sampling_seed` the drawn tokens depend on weights, prompt, parameters and that seed alone.
-Keys that SGLang knows and this server does not honour are refused rather than ignored.
+Standard library only: the parent reads it. Keys that SGLang knows and this server does not honour are refused
+rather than ignored.
 """
 
 from __future__ import annotations
@@ -11,20 +11,15 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-# The last four shape text; this server makes none.
+# Those that shape text are honoured by making none.
 HONOURED = frozenset({
     "ignore_eos", "max_new_tokens", "min_new_tokens", "min_p", "n", "no_stop_trim", "sampling_seed",
     "skip_special_tokens", "spaces_between_special_tokens", "stop_token_ids", "stream_interval",
-    "temperature",
-    "top_k", "top_p",
+    "temperature", "top_k", "top_p",
 })  # fmt: skip
 REFUSED = frozenset({
     "beam_width", "custom_params", "ebnf", "frequency_penalty", "json_schema", "logit_bias",
-    "presence_penalty",
-    "regex", "repetition_penalty", "stop", "stop_regex", "structural_tag",
+    "presence_penalty", "regex", "repetition_penalty", "stop", "stop_regex", "structural_tag",
 })  # fmt: skip
 
 
@@ -90,29 +85,3 @@ def _check(sampling: Sampling) -> None:
         raise ValueError(f"min_new_tokens must be in [0, max_new_tokens], got {sampling.min_new_tokens}.")
     if not 1 <= sampling.n <= 128:
         raise ValueError(f"n must be in [1, 128], got {sampling.n}.")
-
-
-def draw(logits: NDArray[np.float32], sampling: Sampling, *, seed: int, position: int) -> tuple[int, float]:
-    """
-    One token and its log-probability under the tempered distribution (before top-p, top-k and min-p cut it).
-
-    logits: [vocabulary]. The draw is a function of its arguments: a retracted request may draw again.
-    """
-    greedy = sampling.temperature < 1e-6
-    scaled = logits.astype(np.float64) / (1.0 if greedy else sampling.temperature)
-    scaled -= scaled.max()
-    log_probs = scaled - np.log(np.exp(scaled).sum())
-    token = int(np.argmax(log_probs)) if greedy else _pick(np.exp(log_probs), sampling, seed, position)
-    return token, float(log_probs[token])
-
-
-def _pick(probs: NDArray[np.float64], sampling: Sampling, seed: int, position: int) -> int:
-    order = np.argsort(-probs, kind="stable")
-    kept = probs[order]
-    if sampling.top_k != -1:
-        kept[sampling.top_k :] = 0.0
-    kept[np.cumsum(kept) - kept > sampling.top_p] = 0.0
-    kept[kept < kept[0] * sampling.min_p] = 0.0
-    cumulative = np.cumsum(kept)
-    uniform = np.random.default_rng((seed & (2**63 - 1), position)).random() * cumulative[-1]
-    return int(order[min(np.searchsorted(cumulative, uniform, side="right"), len(order) - 1)])
