@@ -26,7 +26,6 @@ class Lines:
 
     def __init__(self, path: Path, position: Mapping[str, object] | None = None) -> None:
         self.path = path
-        self.caught_up = False
         self.torn = 0
         self.restarted = 0
         self.dropped_bytes = 0
@@ -63,18 +62,19 @@ class Lines:
         while True:
             data = self._next(want)
             end = data.rfind(b"\n") + 1
-            self.caught_up = len(data) < want
+            at_end = len(data) < want
+            self.caught_up = at_end and not self._renamed()
             if end:
-                self.torn = len(data) - end if self.caught_up else 0
+                self.torn = len(data) - end if at_end else 0
                 return self._take(data, end)
-            if not self.caught_up:
+            if not at_end:
                 if want <= LINE_BYTES_MAX:
                     want *= 4
                     continue
                 self._drop(data)
                 return b""
             self.torn = len(data)
-            if not self._renamed():
+            if self.caught_up:
                 return b""
             rest = data + b"\n" if data and not self._overlong else b""
             self._change_file()
@@ -172,5 +172,4 @@ class Lines:
     def _change_file(self) -> None:
         self.close()
         self._inode, self._offset, self._mark, self._overlong = 0, 0, b"", False
-        self.caught_up = False
         self.torn = 0

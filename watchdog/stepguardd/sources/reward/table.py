@@ -23,7 +23,7 @@ from stepguardd.sources.reward.rows import POLL_BYTES, Notes, Position, Row, Str
 _NUMBER = r"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|nan|inf|NaN|Infinity|None)"
 _NAME = r"[A-Za-z_][\w./@%-]*"
 
-_VERL = re.compile(rf"(?:^|\s)step:(\d{1, 18})((?: - {_NAME}:(?:np\.float\d+\()?{_NUMBER}\)?)+)")
+_VERL = re.compile(rf"(?:^|\s)step:(\d{{1,18}})((?: - {_NAME}:(?:np\.float\d+\()?{_NUMBER}\)?)+)")
 _VERL_PAIR = re.compile(rf" - ({_NAME}):(?:np\.float\d+\()?({_NUMBER})")
 _DICT = re.compile(r"(?:\b(?:rollout|step|iteration|eval)\s+(\d{1,18})\s*:\s*)?\{(\s*['\"][^{}]*)\}")
 _DICT_PAIR = re.compile(rf"['\"]([^'\"]+)['\"]\s*:\s*['\"]?(?:np\.float\d+\(|tensor\()?({_NUMBER})['\"]?")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from stepguardd.sources.reward.rows import POLL_BYTES, Notes, Position, Row, offset_in
 from stepguardd.sources.reward.wandb_frames import Frames
-from stepguardd.sources.reward.wandb_records import Exit, Header, Record, RecordParser, Run
+from stepguardd.sources.reward.wandb_records import Exit, Header, RecordParser, Run
 from stepguardd.sources.reward.wire import WireError
 
 FLUSH_VARIABLE = "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL"
@@ -190,33 +190,32 @@ class WandbLog:
     def _take(self, data: bytes) -> tuple[Row, ...]:
         assert self._frames is not None
         try:
-            record = self._parser.parse(data)
+            num, content = self._parser.parse(data)
         except WireError as broken:
             self._notes.add(
                 f"{self._frames.path}: a record before byte {self._frames.offset} cannot be read: {broken}"
             )
             return ()
-        self._count(record)
-        match record.content:
+        if num != self._last_num + 1:
+            self._note_gap(num)
+        self._last_num = num or self._last_num
+        match content:
             case Header(version=version):
                 self._version = version
             case Exit():
-                self._exit = record.content
+                self._exit = content
             case tuple():
-                return record.content
+                return content
             case Run() | None:
                 pass
         return ()
 
-    def _count(self, record: Record) -> None:
-        """Compare the running number with the last one: a gap is a loss, and is said."""
-        if record.num <= 0:
-            return
-        lost = record.num - self._last_num - 1
+    def _note_gap(self, num: int) -> None:
+        """Records carry running numbers: a gap between them is a loss, and is said."""
+        lost = num - self._last_num - 1
         if lost > 0:
             assert self._frames is not None
-            self._notes.add(f"{self._frames.path}: {lost} records are lost before record {record.num}")
-        self._last_num = record.num
+            self._notes.add(f"{self._frames.path}: {lost} records are lost before record {num}")
 
     def _following(self) -> tuple[RunFile, int, int] | None:
         """Return the next file of the run, and the offset and record number to begin with."""

@@ -20,7 +20,9 @@ GLOBAL_STEP = "train/global_step"
 _NUM, _HISTORY, _RUN, _EXIT, _HEADER = 1, 2, 17, 18, 21
 _KEY, _NESTED_KEY, _NONE, _BOOLEAN, _INTEGER, _DOUBLE, _JSON_VALUE = 1, 2, 3, 4, 5, 6, 16
 _ITEM = 0x0A
-_VALUE_JSON = b"\x82\x01"
+_SUMMARY_TAG = 0x1A
+# How a value_json of each length that fits one byte begins: its tag and that length.
+_VALUE_HEADS = {length: b"\x82\x01" + bytes([length]) for length in range(128)}
 _NAMES_MAX = 65_536
 
 
@@ -46,62 +48,63 @@ class Exit:
     code: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
-    """One record: its running number (0 where it has none) and what of it is of use here."""
-
-    num: int
-    content: tuple[Row, ...] | Header | Run | Exit | None
+Content = tuple[Row, ...] | Header | Run | Exit | None
+"""What of a record is of use here."""
 
 
 class RecordParser:
     """Turns records into content; keeps nothing but a table of the names seen."""
 
     def __init__(self, step_key: str | None = None) -> None:
-        self._step_key = step_key
+        self._step_key = step_key or GLOBAL_STEP
+        self._own_step_counts = step_key is None
         self._names: dict[bytes, str] = {}
 
-    def parse(self, data: bytes) -> Record:
-        """Decode one record; raises WireError for bytes that are none."""
+    def parse(self, data: bytes) -> tuple[int, Content]:
+        """Decode one record: its running number (0 where it has none) and its content. Raises WireError."""
         try:
             return self._parse(data)
         except (IndexError, struct.error, UnicodeDecodeError) as broken:
             raise WireError(str(broken)) from None
 
-    def _parse(self, data: bytes) -> Record:
-        num = 0
-        at, end = 0, len(data)
+    def _parse(self, data: bytes) -> tuple[int, Content]:
+        num = at = 0
+        end = len(data)
+        if data[:1] == b"\x08":  # the number comes first, and what follows it decides
+            num, at = (data[1], 2) if data[1] < 0x80 else varint(data, 1)
+            if data[at] == _SUMMARY_TAG:  # every other record is one, and nothing of use is behind it
+                return signed(num), None
         while at < end:
             tag, at = varint(data, at)
+            value, at = varint(data, at)
             field = tag >> 3
             if tag & 7 == 0:
-                value, at = varint(data, at)
                 if field == _NUM:
-                    num = signed(value)
+                    num = value
                 continue
-            if tag & 7 != 2:
-                raise WireError("a record holds varints and messages only")
-            length, at = varint(data, at)
-            stop = at + length
-            if stop > end:
-                raise WireError("a record is cut off")
+            if tag & 7 != 2 or at + value > end:
+                raise WireError("a record holds whole varints and messages only")
+            stop = at + value
             if field == _HISTORY:
-                return Record(num=num, content=self._history(data, at, stop))
+                return signed(num), self._history(data, at, stop)
             if field == _HEADER:
-                return Record(num=num, content=_header(data[at:stop]))
+                return signed(num), _header(data[at:stop])
             if field == _RUN:
-                return Record(num=num, content=_run(data[at:stop]))
+                return signed(num), _run(data[at:stop])
             if field == _EXIT:
-                return Record(num=num, content=_exit(data[at:stop]))
+                return signed(num), _exit(data[at:stop])
             at = stop
-        return Record(num=num, content=None)
+        return signed(num), None
 
     def _history(self, data: bytes, at: int, end: int) -> tuple[Row, ...]:
-        """Decode a history record: one row for each number in it."""
+        """Decode a history record: one row for each number in it, private keys left out."""
+        names, heads = self._names, _VALUE_HEADS
         pairs: list[tuple[str, float | None]] = []
         while at < end:
-            tag = data[at]
-            length, at = (data[at + 1], at + 2) if data[at + 1] < 0x80 else varint(data, at + 1)
+            tag, length = data[at], data[at + 1]
+            at += 2
+            if length >= 0x80:
+                length, at = varint(data, at - 1)
             stop = at + length
             if stop > end:
                 raise WireError("a history item is cut off")
@@ -109,15 +112,18 @@ class RecordParser:
                 # A plain item by hand, since this is where all the time goes: one short key, one short
                 # value_json.
                 key_end = at + 2 + data[at + 1]
-                if data[key_end : key_end + 2] == _VALUE_JSON and key_end + 3 + data[key_end + 2] == stop:
+                text_at = key_end + 3
+                if data[key_end:text_at] == heads.get(stop - text_at):
                     key = data[at + 2 : key_end]
-                    name = self._names.get(key) or self._learn(key)
-                    text = data[key_end + 3 : stop]
                     try:
-                        pairs.append((name, float(text)))
+                        value: float | None = float(data[text_at:stop])
                     except ValueError:
-                        if text in WORDS:
-                            pairs.append((name, WORDS[text]))
+                        text = data[text_at:stop]
+                        if text not in WORDS:
+                            at = stop
+                            continue
+                        value = WORDS[text]
+                    pairs.append((names.get(key) or self._learn(key), value))
                 elif (item := _any_item(data[at:stop])) is not None:
                     pairs.append(item)
             at = stop
@@ -132,15 +138,16 @@ class RecordParser:
     def _rows(self, pairs: list[tuple[str, float | None]]) -> tuple[Row, ...]:
         """Give every public value of a history record the step and the time of that record."""
         values = dict(pairs)
-        if self._step_key is not None:
-            step = values.get(self._step_key)
-        else:
-            step = values.get(GLOBAL_STEP)
-            if step is None:
-                step = values.get("_step")
+        step = values.get(self._step_key)
+        if step is None and self._own_step_counts:
+            step = values.get("_step")
         number = whole(step)
         time = values.get("_timestamp")
-        return tuple(Row(number, name, value, time) for name, value in pairs if not name.startswith("_"))
+        # As Row(…) does, without its detour over a Python function.
+        return tuple([_new_row(Row, (number, name, value, time)) for name, value in pairs if name[:1] != "_"])
+
+
+_new_row = tuple.__new__
 
 
 def _any_item(data: bytes) -> tuple[str, float | None] | None:
