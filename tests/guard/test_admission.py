@@ -73,7 +73,7 @@ def test_a_failed_member_never_counts_whatever_its_reward_says() -> None:
     assert verdict.tally.rewards.stats() == {"mean": 0.75, "std": 0.25, "min": 0.5, "max": 1.0}
 
 
-@pytest.mark.parametrize("nothing", [None, math.nan, math.inf, "a lot", object()])
+@pytest.mark.parametrize("nothing", [None, math.nan, math.inf, "a lot", "1.0", object()])
 def test_a_reward_that_is_none_is_a_failure_and_not_a_zero(nothing: object) -> None:
     verdict = judge(["a", "b", "c"], rewards=[1.0, nothing, 1.0])
     assert verdict.mask == (True, False, True)

@@ -172,6 +172,24 @@ def test_what_cannot_be_opened_names_the_file_and_a_remedy(tmp_path: Path) -> No
         GatePage.open(tmp_path / "pipe")
 
 
+FULL = """
+import resource, sys
+from stepguard.gate import GatePage, Unreachable
+resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+try:
+    GatePage.create(sys.argv[1])
+except Unreachable as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_found_out_when_the_page_is_made_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL, str(tmp_path / "gate")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "run_dir with space" in said, "the disk was not full"
+    assert list(tmp_path.iterdir()) == []
+
+
 MOUNTS = r"""
 21 1 8:1 / / rw,relatime - ext4 /dev/sda1 rw
 30 21 0:26 / /run rw,nosuid - tmpfs tmpfs rw

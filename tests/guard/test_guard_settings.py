@@ -45,6 +45,7 @@ def test_what_the_daemon_writes_the_guard_reads(written: GuardSettings) -> None:
         ("max_failed_fraction", 1.5),
         ("max_failed_fraction", "0.1"),
         ("max_failed_fraction", True),
+        ("max_failed_fraction", 10**400),
         ("max_refused_batches", 0),
         ("max_refused_batches", 2.5),
         ("verdict_timeout_s", -1),

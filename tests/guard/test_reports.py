@@ -185,5 +185,5 @@ def test_numbers_travel_by_name_where_json_has_none() -> None:
         "Infinity",
         "-Infinity",
     ]
-    assert numbers({"a": 1, "b": "text", "c": None, "d": math.nan, "e": [1]}) == {"a": 1.0, "d": "NaN"}
+    assert numbers({"a": 1, "b": "0.5", "c": None, "d": math.nan, "e": [1]}) == {"a": 1.0, "d": "NaN"}
     assert len(numbers({str(i): i for i in range(10_000)})) == 4096

@@ -320,7 +320,7 @@ def _groups(group_ids: Any, outcomes: Sequence[Any]) -> list[Hashable] | None:
 
 def _finite(score: Any) -> float | None:
     """A reward, or None for what is none."""
-    if score is None:
+    if score is None or isinstance(score, str | bytes):
         return None
     try:
         value = float(score)

@@ -527,6 +527,6 @@ def _plain(name: str, handler: Callable[..., object]) -> Callable[..., object]:
 def _real(value: Any) -> float | None:
     """A float out of a number or a tensor with one element; None out of anything else."""
     try:
-        return None if value is None else float(value)
+        return None if value is None or isinstance(value, str | bytes) else float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return None

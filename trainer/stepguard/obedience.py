@@ -263,9 +263,8 @@ class Obedience:
         """A hold begins for this caller."""
         if self._held_since_ns is None:
             self._held_since_ns = self._clock_ns()
-            self._logger.warning(
-                "holding at step %s: %s", self._presence.step, act.reason or "no reason given"
-            )
+            where = "" if self._presence.step is None else f" at step {self._presence.step}"
+            self._logger.warning("holding%s: %s", where, act.reason or "no reason given")
         self._presence.wait()
 
     def _released(self, act: Go) -> None:

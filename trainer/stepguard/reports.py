@@ -182,6 +182,8 @@ def numbers(values: Mapping[str, Any]) -> dict[str, Number]:
     for name, value in values.items():
         if len(out) == _ENTRIES_MAX:
             break
+        if isinstance(value, str | bytes):
+            continue
         with contextlib.suppress(TypeError, ValueError, OverflowError, RuntimeError):
             out[str(name)[:_TEXT_CHARS_MAX]] = number(value)
     return out

@@ -97,5 +97,8 @@ def _valid(name: str, value: object) -> bool:
         return type(value) is int and value >= (1 if name == "max_refused_batches" else 0)
     if type(value) not in (int, float):
         return False
-    amount = float(cast("float", value))
+    try:
+        amount = float(cast("float", value))
+    except OverflowError:
+        return False
     return math.isfinite(amount) and 0 <= amount <= (1 if name == "max_failed_fraction" else math.inf)
