@@ -21,7 +21,7 @@ WELL: dict[str, Any] = {
     "incident": None,
     "budget": {"restarts_left": 3},
     "rewards": [0.1, None, 0.8],
-    "garbage_guarded": 0,
+    "refused_batches": 0,
     "warnings": [],
     "version": "0.1.0",
     "uptime_s": 100.0,

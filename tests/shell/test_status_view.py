@@ -28,6 +28,7 @@ WORST: dict[str, Any] = {
     "servers": [
         {
             "name": f"server-with-a-long-name-{i}",
+            "stage": "weights",
             "state": state,
             "since_s": 1e9,
             "pid": 10**9,
@@ -37,7 +38,7 @@ WORST: dict[str, Any] = {
         for state in ("serving", "dead", "restarting")
     ],
     "incident": {
-        "id": "i" * 100,
+        "id": 10**12,
         "cause": "c" * 100,
         "onset_step": 10**15,
         "opened_s": 1e9,
@@ -46,7 +47,7 @@ WORST: dict[str, Any] = {
     },
     "rewards": [i / 60 for i in range(60)],
     "warnings": ["beware " * 100] * 50,
-    "garbage_guarded": 10**9,
+    "refused_batches": 10**9,
 }
 
 
@@ -60,7 +61,7 @@ def test_the_worst_case_fits_one_screen() -> None:
 def test_the_worst_servers_are_shown_first() -> None:
     lines = drawn(WORST)
     head = next(index for index, line in enumerate(lines) if line.startswith("Server"))
-    assert all(" dead " in line for line in lines[head + 1 : head + 5])
+    assert all(" dead, weights " in line for line in lines[head + 1 : head + 5])
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,18 @@ def test_each_phase_has_its_word_and_its_advice(status: dict[str, Any], word: st
     lines = drawn(status)
     assert word in lines[0]
     assert advice in " ".join(lines[-2:])
+
+
+def test_the_last_incident_is_told_when_none_is_open() -> None:
+    last = {
+        "id": 7,
+        "cause": "server_exited",
+        "opened_s": 90.0,
+        "stage": "closed",
+        "actions": ["restarted it"],
+    }
+    text = "\n".join(drawn({**WELL, "last_incident": last}))
+    assert "Last incident 7: server_exited, 1 min 30 s ago, closed\n- restarted it" in text.replace("  ", "")
 
 
 def test_well_means_that_nothing_is_held_or_dead() -> None:

@@ -62,9 +62,10 @@ def view(status: StatusDict) -> Group:
     parts: list[Text | Table] = [_headline(status), Text(), _facts(status)]
     if status.get("servers"):
         parts += [Text(), *_servers(status["servers"])]
-    incident = status.get("incident")
-    if incident:
-        parts += [Text(), *_incident(incident)]
+    if incident := status.get("incident"):
+        parts += [Text(), *_incident("Incident", incident)]
+    elif last := status.get("last_incident"):
+        parts += [Text(), *_incident("Last incident", last)]
     parts += [_line(f"warning: {warning}", "yellow") for warning in status.get("warnings", [])[:WARNINGS_MAX]]
     parts += [Text(), Text.assemble(("What to do  ", "bold"), _cut(_advice(status), 2 * WIDTH - 14))]
     return Group(*parts)
@@ -97,7 +98,9 @@ def _facts(status: StatusDict) -> Table:
         trainer.get("alive"),  # type: ignore[arg-type]
         Text("not seen", "yellow"),
     )
-    words = f", step {_cut(trainer.get('step'), 12)}, {_cut(trainer.get('phase'), 10)}"
+    words = ""
+    if trainer.get("step") is not None or trainer.get("alive"):
+        words = f", step {_cut(trainer.get('step'), 12)}, {_cut(trainer.get('phase'), 10)}"
     if trainer.get("attempt"):
         words += f", attempt {_cut(trainer.get('attempt'), 6)}"
     if trainer.get("beat_age_s") is not None:
@@ -105,8 +108,8 @@ def _facts(status: StatusDict) -> Table:
     table.add_row("Trainer", Text.assemble(alive, words))
     table.add_row("Reward", _reward(status))
     extra = []
-    if status.get("garbage_guarded"):
-        extra.append(f"{_cut(status.get('garbage_guarded'), 10)} bad batches kept out")
+    if status.get("refused_batches"):
+        extra.append(f"{_cut(status.get('refused_batches'), 10)} bad batches refused")
     left = status.get("budget", {}).get("restarts_left")
     if left is not None:
         extra.append(f"{_cut(left, 6)} restarts left")
@@ -148,23 +151,24 @@ def _servers(servers: Sequence[ServerDict]) -> list[Table | Text]:
     ranked = sorted(servers, key=lambda server: _rank(server.get("state")))
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
     for title, width in (
-        ("Server", 22),
-        ("State", 10),
+        ("Server", 16),
+        ("State", 19),
         ("For", 9),
-        ("Weights", 10),
+        ("Weights", 8),
         ("Restarts", 8),
-        ("Pid", 8),
+        ("Pid", 7),
     ):
         table.add_column(title, width=width, no_wrap=True, overflow="ellipsis")
     for server in ranked[:SERVERS_MAX]:
         state = _cut(server.get("state"), 10)
+        stage = f", {_cut(server.get('stage'), 10)}" if server.get("stage") else ""
         table.add_row(
-            _cut(server.get("name"), 22),
-            Text(state, _SERVER_COLOURS.get(state, "red")),
+            _cut(server.get("name"), 16),
+            Text(state + stage, _SERVER_COLOURS.get(state, "red")),
             _span(server.get("since_s")),
-            _cut(server.get("weight_version"), 10),
+            _cut(server.get("weight_version"), 8),
             _cut(server.get("restarts"), 8),
-            _cut(server.get("pid"), 8),
+            _cut(server.get("pid"), 7),
         )
     rest = ranked[SERVERS_MAX:]
     if not rest:
@@ -177,11 +181,11 @@ def _rank(state: str | None) -> int:
     return _WORST_FIRST.index(state) if state in _WORST_FIRST else -1
 
 
-def _incident(incident: IncidentDict) -> list[Text]:
+def _incident(title: str, incident: IncidentDict) -> list[Text]:
     onset = incident.get("onset_step")
     since = "" if onset is None else f" since step {_cut(onset, 12)}"
     head = _line(
-        f"Incident {_cut(incident.get('id'), 14)}: {_cut(incident.get('cause'), 24)}{since}, "
+        f"{title} {_cut(incident.get('id'), 9)}: {_cut(incident.get('cause'), 24)}{since}, "
         f"{_span(incident.get('opened_s'))} ago, {_cut(incident.get('stage'), 14)}",
         "bold",
     )
@@ -216,6 +220,8 @@ def _span(seconds: float | None) -> str:
     if seconds < 10:
         return f"{max(seconds, 0):.1f} s"
     whole = int(seconds)
+    if whole >= 10 * 86_400:
+        return f"{whole // 86_400} d"
     for size, unit, smaller, smaller_unit in (
         (86_400, "d", 3600, "h"),
         (3600, "h", 60, "min"),

@@ -47,7 +47,7 @@ class BreakerDict(TypedDict, total=False):
 
     phase: str
     since_s: float
-    reason: str
+    reason: str | None
 
 
 class GateDict(TypedDict, total=False):
@@ -79,16 +79,19 @@ class ServerDict(TypedDict, total=False):
     since_s: float
     pid: int | None
     weight_version: str | None
+    stage: str | None
     restarts: int
 
 
 class IncidentDict(TypedDict, total=False):
-    """The open incident, or the last one where none is open (then stage is "closed")."""
+    """An incident: `stage` is held, probation or closed; `actions` what was done, in order."""
 
-    id: str
+    id: int
     cause: str
+    server: str | None
     onset_step: int | None
     opened_s: float
+    held_s: float
     stage: str
     actions: list[str]
 
@@ -96,7 +99,7 @@ class IncidentDict(TypedDict, total=False):
 class BudgetDict(TypedDict, total=False):
     """What may still be tried without a person."""
 
-    restarts_left: int
+    restarts_left: int | None
 
 
 class StatusDict(TypedDict, total=False):
@@ -109,9 +112,10 @@ class StatusDict(TypedDict, total=False):
     trainer: TrainerDict
     servers: list[ServerDict]
     incident: IncidentDict | None
+    last_incident: IncidentDict | None
     budget: BudgetDict
     rewards: list[float | None]
-    garbage_guarded: int
+    refused_batches: int
     warnings: list[str]
     version: str
     uptime_s: float

@@ -132,6 +132,7 @@ def _make_server(app: "Application", uids: frozenset[int]) -> "uvicorn.Server":
             ws="none",
             lifespan="off",
             log_config=None,
+            log_level="warning",
             access_log=False,
             server_header=False,
             date_header=False,
