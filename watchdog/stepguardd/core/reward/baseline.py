@@ -15,13 +15,16 @@ from __future__ import annotations
 from math import erfc, exp, lgamma, log, log1p, sqrt
 from typing import NamedTuple
 
-from stepguardd.core.reward.model import Baseline, Learned, RewardConfig
+from stepguardd.core.reward.model import Baseline, Learned, Pending, RewardConfig
 
 __all__ = [
+    "LEAST_TIE",
     "Model",
     "absorb",
     "adopt",
     "grid_size",
+    "has_to_learn",
+    "is_calm",
     "learn",
     "level_at",
     "log_any_tie",
@@ -30,16 +33,18 @@ __all__ = [
     "release",
 ]
 
+_new = tuple.__new__  # without the detour through Python that a named tuple's own constructor takes
+
 _FAST_GAIN = 0.15
-_FAST_CORRECTION = (
-    2 - _FAST_GAIN
-) / 2  # variance of an innovation against the fast level, back to one value's
+_FAST_CORRECTION = (2 - _FAST_GAIN) / 2  # from the variance of an innovation to that of a value
 _NOISE_MEMORY = 60.0
 _SAMPLES = 24
 _LARGEST_GRID = 4096
 _DEGREES = 8.0  # of Student's t
 _LOG_T_PEAK = log(0.3867)
 _SATURATED = 0.97  # allow for three failures in a hundred even where none was seen
+LEAST_TIE = 0.08
+"""Ties are never rarer: a log with few decimals, or few possible rewards, ties more than modelled."""
 _EXACT = 1e-6  # resolution ascribed to values that come with all their digits
 
 
@@ -70,15 +75,17 @@ def model_of(config: RewardConfig, baseline: Baseline, learned: Learned, ok: int
     weight = baseline.weight
     if baseline.rollouts:
         n = float(ok or baseline.rollouts)
-        p = min(max(baseline.level, 0.5 / (n * weight)), 1 - 0.5 / (n * weight))
+        least = 0.5 / (n * weight)
+        p = baseline.level
+        p = least if p < least else 1 - least if p > 1 - least else p
         sigma = sqrt(p * (1 - p) / n * baseline.noise)
-        # A standard error below, but never so low that nothing is left: on few successes the error is relative.
-        error = sigma / sqrt(weight)
-        low = p * exp(-min(error / p, 2.0))
-        near = p * exp(-0.5 * min(error / p, 2.0))
-        return Model(
-            True, n, n / baseline.noise, min(low, _SATURATED), min(near, _SATURATED), sigma, 0.0, 1.0 / n
-        )
+        # One standard error below, on the scale of the logarithm: where successes are rare the error is relative.
+        error = sigma / (sqrt(weight) * p)
+        low = p / (1 + error + 0.5 * error * error)
+        near = p / (1 + 0.5 * error)
+        if near > _SATURATED:
+            low, near = min(low, _SATURATED), _SATURATED
+        return _new(Model, (True, n, n / baseline.noise, low, near, sigma, 0.0, 1.0 / n))
     if baseline.noise_weight < config.warmup_steps:
         return None
     resolution = max(10.0**-learned.decimals, _EXACT)
@@ -86,7 +93,21 @@ def model_of(config: RewardConfig, baseline: Baseline, learned: Learned, ok: int
     floor = 0.0 if 0.0 <= baseline.low <= 0.5 * baseline.level else baseline.low
     error = sigma / sqrt(weight)
     level = baseline.level - error
-    return Model(False, 0.0, 0.0, level, level + 0.5 * error, sigma, floor, resolution)
+    return _new(Model, (False, 0.0, 0.0, level, level + 0.5 * error, sigma, floor, resolution))
+
+
+def is_calm(baseline: Baseline, value: float) -> bool:
+    """
+    Whether no test can have anything against a value: so near its level, or above it, that each one's evidence shrinks.
+
+    A shortcut, not a decision: for a calm value every sum falls, and no run begins.
+    """
+    level = baseline.level
+    if value >= level:
+        return True
+    if baseline.rollouts:
+        return value >= 0.93 * level
+    return (value - level) ** 2 < 0.49 * baseline.noise
 
 
 def log_constant(model: Model, level: float, value: float) -> float:
@@ -103,35 +124,18 @@ def log_any_tie(model: Model, baseline: Baseline, value: float) -> float:
     """The log-probability that a healthy value equals the one before, when that was `value`."""
     z = (value - model.level) / model.sigma if model.sigma > 0 else 0.0
     modelled = 0.4 * exp(-0.5 * min(z * z, 50.0)) * model.resolution / max(model.sigma, model.resolution)
-    # Never below a twelfth: a log with few decimals, or rewards with few possible values, ties more than modelled.
-    return log(min(0.98, max(modelled, 1.3 * baseline.tie_rate, 0.08)))
+    return log(min(0.98, max(modelled, 1.3 * baseline.tie_rate, LEAST_TIE)))
 
 
 def absorb(config: RewardConfig, baseline: Baseline, value: float, suspicious: bool) -> Baseline:
-    """The baseline after one more value. Suspicious values wait and get in together once they turn out to be healthy."""
-    (
-        seen,
-        weight,
-        level,
-        fast,
-        noise,
-        noise_weight,
-        rollouts,
-        low,
-        high,
-        last,
-        tie_rate,
-        zero_rate,
-        held,
-        total,
-        zeros,
-        squares,
-        ties,
-    ) = baseline
+    """The baseline after one more value. Suspicious values wait until they turn out to be healthy."""
+    seen, weight, level, fast, noise, noise_weight, n, low, high, last, tie_rate, zero_rate, ties, held = (
+        baseline
+    )
     if seen == 0:
-        return Baseline(1, 1.0, value, value, noise, noise_weight, rollouts, value, value, value)
+        return Baseline(1, 1.0, value, value, noise, noise_weight, n, value, value, value)
     memory = config.memory_steps
-    gain = 1.0 / (seen + 2.0) if seen < memory else 1.0 / memory
+    gain = 1.0 / memory if seen >= memory else 1.0 / (seen + 2.0)
     if value == last:
         ties += 1
     else:
@@ -141,85 +145,88 @@ def absorb(config: RewardConfig, baseline: Baseline, value: float, suspicious: b
         tie_rate -= gain * tie_rate
     innovation = value - fast
     square = innovation * innovation * _FAST_CORRECTION
-    if rollouts:
-        p = fast if fast > 0.5 / rollouts else 0.5 / rollouts
-        square *= rollouts / (p * (1 - p) if p < 1 - 0.5 / rollouts else 0.5 / rollouts)
-    if noise_weight >= 8 and square > 16.0 * noise:
+    if n:
+        edge = 0.5 / n
+        p = edge if fast < edge else 1 - edge if fast > 1 - edge else fast
+        square *= n / (p * (1 - p))
+    if square > 16.0 * noise and noise_weight >= 8.0:
         square = 16.0 * noise  # an outlier counts as four sigmas
     fast += _FAST_GAIN * innovation if seen > 6 else innovation / (seen + 1)
     if suspicious:
-        held += 1
-        total += value
-        zeros += value == 0.0
-        squares += square
+        zero = 1 if value == 0.0 else 0
+        held = (
+            Pending(held.size + 1, held.total + value, held.zeros + zero, held.squares + square)
+            if held
+            else Pending(1, value, zero, square)
+        )
     else:
-        if held:
-            keep = (1 - 1 / memory) ** held
-            zero_rate += (1 - keep) * (zeros / held - zero_rate)
-            if weight < memory:
-                keep = weight / (weight + held)
-                weight = min(memory, weight + held)
-            level += (1 - keep) * (total / held - level)
-            noise_weight = min(_NOISE_MEMORY, noise_weight + held)
-            noise += held / (noise_weight + held) * (squares / held - noise)
-            held, total, zeros, squares = 0, 0.0, 0, 0.0
-        zero_rate += gain * ((value == 0.0) - zero_rate)
-        if noise_weight >= 1 or value != last:  # a constant start says nothing about the noise
+        if held is not None:
+            weight, level, noise, noise_weight, zero_rate = _let_in(memory, baseline, held)
+            held = None
+        zero_rate += gain * ((1.0 if value == 0.0 else 0.0) - zero_rate)
+        if noise_weight >= 1.0 or value != last:  # a constant start says nothing about the noise
             if noise_weight < _NOISE_MEMORY:
                 noise_weight += 1.0
             noise += (square - noise) / noise_weight
-            if rollouts and noise < 0.25:
+            if noise < 0.25 and n:
                 noise = 0.25
         if weight < memory:
             weight += 1.0
         level += (value - level) / weight
         # Far above its slow self the level is climbing: follow the fast one (a third of sigma is its error).
         above = fast - level
-        if above > 0:
-            sigma2 = noise * max(level * (1 - level), 0.5 / rollouts) / rollouts if rollouts else noise
-            if above * above > 0.5 * sigma2:
-                level += 0.2 * above
+        if above > 0.0 and above * above > 0.5 * (
+            noise * (level * (1 - level) + 0.5 / n) / n if n else noise
+        ):
+            level += 0.2 * above
     if value < low:
         low = value
     elif value > high:
         high = value
-    return Baseline(
-        seen + 1,
-        weight,
-        level,
-        fast,
-        noise,
-        noise_weight,
-        rollouts,
-        low,
-        high,
-        value,
-        tie_rate,
-        zero_rate,
-        held,
-        total,
-        zeros,
-        squares,
-        ties,
+    return _new(
+        Baseline,
+        (
+            seen + 1,
+            weight,
+            level,
+            fast,
+            noise,
+            noise_weight,
+            n,
+            low,
+            high,
+            value,
+            tie_rate,
+            zero_rate,
+            ties,
+            held,
+        ),
     )
+
+
+def _let_in(memory: float, baseline: Baseline, held: Pending) -> tuple[float, float, float, float, float]:
+    """Weight, level, noise, its weight and the rate of zeros with the values that had been held back."""
+    size = held.size
+    keep = (1 - 1 / memory) ** size
+    zero_rate = baseline.zero_rate + (1 - keep) * (held.zeros / size - baseline.zero_rate)
+    weight = baseline.weight
+    if weight < memory:
+        keep = weight / (weight + size)
+        weight = min(memory, weight + size)
+    level = baseline.level + (1 - keep) * (held.total / size - baseline.level)
+    noise_weight = min(_NOISE_MEMORY, baseline.noise_weight + size)
+    noise = baseline.noise + size / (noise_weight + size) * (held.squares / size - baseline.noise)
+    return weight, level, noise, noise_weight, zero_rate
 
 
 def release(baseline: Baseline) -> Baseline:
     """The baseline without the values that were held back: they turned out to be bad."""
-    return baseline._replace(pending_n=0, pending_sum=0.0, pending_zeros=0, pending_noise=0.0)
+    return baseline if baseline.pending is None else baseline._replace(pending=None)
 
 
 def adopt(baseline: Baseline, level: float, weight: float) -> Baseline:
     """The baseline at a new level that was accepted as healthy."""
-    return baseline._replace(
-        level=level,
-        fast=level,
-        weight=max(1.0, weight),
-        pending_n=0,
-        pending_sum=0.0,
-        pending_zeros=0,
-        pending_noise=0.0,
-    )
+    return baseline._replace(level=level, fast=level, weight=max(1.0, weight), pending=None)
 
 
 def learn(
@@ -228,15 +235,15 @@ def learn(
     """The baseline and the rarely changing knowledge after a healthy value: grid, start and history."""
     if not learned.decided and value not in learned.samples:
         baseline, learned = _learn_grid(config, baseline, learned, value, ok)
-    if learned.start_n < config.start_steps:
+    if learned.due < 0:
         learned = learned._replace(start_n=learned.start_n + 1, start_sum=learned.start_sum + value)
-    history = learned.history
-    if not history or step >= history[-1][0] + learned.stride:
-        history = (*history, (step, baseline.fast))
+        if learned.start_n >= config.start_steps:
+            learned = learned._replace(due=step)
+    elif step >= learned.due:
+        history, stride = (*learned.history, (step, baseline.fast)), learned.stride
         if len(history) > 32:
-            learned = learned._replace(history=history[1::2], stride=learned.stride * 2)
-        else:
-            learned = learned._replace(history=history)
+            history, stride = history[1::2], stride * 2
+        learned = learned._replace(history=history, stride=stride, due=step + stride)
     return baseline, learned
 
 
@@ -244,6 +251,11 @@ def level_at(learned: Learned, step: int) -> float | None:
     """The level that the run had at a step, as far as it is remembered."""
     before = [level for past, level in learned.history if past <= step]
     return before[-1] if before else None
+
+
+def has_to_learn(learned: Learned, step: int, value: float) -> bool:
+    """Whether `learn` would change anything after this value."""
+    return step >= learned.due or (not learned.decided and value not in learned.samples)
 
 
 def _learn_grid(

@@ -18,9 +18,9 @@ from typing import NamedTuple
 from stepguardd.core.reward.baseline import Model
 from stepguardd.core.reward.model import Fall, RewardConfig
 
-__all__ = ["NO_FALL", "Segment", "after", "nats", "onset_of", "segment", "start_odds"]
+__all__ = ["Segment", "after", "nats", "onset_of", "segment", "start_odds", "student_nats"]
 
-NO_FALL = Fall()
+_NO_FALL = Fall()
 _TAIL = 64
 _HALF, _QUARTER = 0.5, 0.75
 _GONE, _LEAST = 0.05, 0.3  # near the floor: a twentieth of the level against three tenths
@@ -29,10 +29,10 @@ _DEGREES = 8.0
 
 
 def after(
-    config: RewardConfig, model: Model, start: float | None, fall: Fall, step: int, value: float
-) -> Fall:
+    config: RewardConfig, model: Model, start: float | None, fall: Fall | None, step: int, value: float
+) -> Fall | None:
     """
-    The sums after one more finite value.
+    The sums after one more finite value; None when all of them are at zero.
 
     Args:
         config: the settings.
@@ -43,37 +43,38 @@ def after(
         value: finite.
 
     """
-    half, quarter, back, near, tail, active, onset, age = fall
-    top = 1.5 * config.hold_nats
+    half, quarter, back, near, tail, active, onset, age = fall or _NO_FALL
     if model.shares:
         n, p = model.effective, model.level
         # log((1 - fp) / (1 - p)) for each share f of p that is left
         rest = log1p(-p)
-        lost = 1.0 - value
-        half += n * (value * -0.6931471805599453 + lost * (log1p(-_HALF * p) - rest))
-        quarter += n * (value * -0.2876820724517809 + lost * (log1p(-_QUARTER * p) - rest))
-        near += n * (value * -1.791759469228055 + lost * (log1p(-_GONE * p) - log1p(-_LEAST * p)))
+        lost = n * (1.0 - value)
+        kept = n * value
+        half += lost * (log1p(-_HALF * p) - rest) - 0.6931471805599453 * kept
+        quarter += lost * (log1p(-_QUARTER * p) - rest) - 0.2876820724517809 * kept
+        near += lost * (log1p(-_GONE * p) - log1p(-_LEAST * p)) - 1.791759469228055 * kept
         if start is not None:
-            s = max(start, 1e-4)
-            back += n * (value * log(s / p) + lost * (log1p(-s) - rest))
+            back += kept * log(start / p) + lost * (log1p(-start) - rest)
     else:
         sigma = model.sigma
         height = (model.level - model.floor) / sigma
         z = (value - model.level) / sigma
-        half += _student(z, max(_HALF * height, 2.0))
-        quarter += _student(z, max((1 - _QUARTER) * height, 1.5))
+        half += student_nats(z, max(_HALF * height, 2.0))
+        quarter += student_nats(z, max((1 - _QUARTER) * height, 1.5))
         if height > 8.0 and model.floor == 0.0:  # a floor that is only the lowest value so far proves nothing
-            near += _student(z + (1 - _LEAST) * height, (_LEAST - _GONE) * height)
+            near += student_nats(z + (1 - _LEAST) * height, (_LEAST - _GONE) * height)
         if start is not None:
-            back += _student(z, (model.level - start) / sigma)
-    half = 0.0 if half < 0.0 else min(half, top)
-    quarter = 0.0 if quarter < 0.0 else min(quarter, top)
-    near = 0.0 if near < 0.0 else min(near, top)
-    back = 0.0 if back < 0.0 or start is None else min(back, top)
+            back += student_nats(z, (model.level - start) / sigma)
+    top = config.hold_nats * 1.5  # no higher, or the end of a fall would be noticed late
+    half = 0.0 if half < 0.0 else top if half > top else half
+    quarter = 0.0 if quarter < 0.0 else top if quarter > top else quarter
+    near = 0.0 if near < 0.0 else top if near > top else near
+    back = 0.0 if back < 0.0 or start is None else top if back > top else back
     if half == quarter == near == back == 0.0:
-        return NO_FALL
-    tail = (*tail, (step, value)) if len(tail) < _TAIL else (*tail[1:], (step, value))
-    return Fall(half, quarter, back, near, tail, active, onset, age + active)
+        return None
+    if len(tail) >= _TAIL:
+        tail = tail[1:]
+    return Fall(half, quarter, back, near, (*tail, (step, value)), active, onset, age + active)
 
 
 def nats(fall: Fall) -> float:
@@ -81,7 +82,7 @@ def nats(fall: Fall) -> float:
     return max(fall.half, fall.quarter, fall.start)
 
 
-def _student(z: float, shift: float) -> float:
+def student_nats(z: float, shift: float) -> float:
     """Log-likelihood ratio of a level `shift` scales lower, under Student's t."""
     moved = z + shift
     return _SHAPE * (log1p(z * z / _DEGREES) - log1p(moved * moved / _DEGREES))

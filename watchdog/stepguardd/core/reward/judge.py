@@ -16,7 +16,17 @@ from math import isfinite, log, log1p
 
 from stepguardd.core.reasons import Reason
 from stepguardd.core.reward import falls, runs, witnesses
-from stepguardd.core.reward.baseline import Model, absorb, adopt, learn, level_at, model_of, release
+from stepguardd.core.reward.baseline import (
+    Model,
+    absorb,
+    adopt,
+    has_to_learn,
+    is_calm,
+    learn,
+    level_at,
+    model_of,
+    release,
+)
 from stepguardd.core.reward.model import (
     Episode,
     Fall,
@@ -34,18 +44,21 @@ from stepguardd.core.reward.model import (
 
 __all__ = ["acknowledge", "observe", "silence", "start"]
 
+Figures = tuple[tuple[str, float], ...]
+
 _OK = Verdict()
-_NO_RUN = Run()
-_SUSPICIOUS_NATS = 2.0
+_new = tuple.__new__  # without the detour through Python that a named tuple's own constructor takes
+
+_SUSPICIOUS_NATS = 2.0  # from here on values wait before they enter the baseline
 _BACK_NATS = 3.0  # 20 to 1 that the stream is back
 _EPISODE_GAP = 10  # quiet steps that end a warning
 _WITNESSED_NATS = 3.0  # what the reward itself must say for a second witness to count
-_WITNESS_NATS = 4.0
-_START_ODDS = 5.0
-_START_STEPS = 4, 8
+_WITNESS_NATS = 4.0  # what a second witness must say to count
+_START_ODDS = 5.0  # for "exactly the starting level" against "some other level": a switch rarely lands there
+_START_STEPS = 4, 8  # since the onset; later the odds would be asked too often, and a climb may pass by
 _TREND_NATS = 7.0
-_TREND_COUNT = 8
-_DECAYED = 0.36  # of the baseline's height
+_TREND_STEPS = 8
+_DECAYED = 0.36  # of the baseline's height: what a decay may leave before it is held
 
 
 def start(config: RewardConfig) -> RewardState:
@@ -59,30 +72,41 @@ def observe(config: RewardConfig, state: RewardState, seen: Observation) -> tupl
     The state and the verdict after one observation.
 
     Args:
-        config: the settings; the same for every call on one state, or a hold's threshold moves under its evidence.
+        config: the settings; the same in every call on one state.
         state: from `start` or the last call.
-        seen: the observation. Steps that go back, or an attempt that grew, are a restart from an older checkpoint.
+        seen: the observation. A step that goes back, or an attempt that grew, is a restart from an older checkpoint.
 
     """
-    if state.step is not None and (seen.attempt != state.attempt or seen.step < state.step):
+    attempt, step, value, _, failed, spread, metrics, marks = seen
+    was_attempt, was, baseline, learned, run, fall, tracks, others, _, _, episode, trip = state
+    if was is not None and (attempt != was_attempt or step < was):
         state = _restarted(state, seen)
-    tracks, others = state.tracks, state.witnesses
-    if (
-        seen.metrics
-        or seen.failed is not None
-        or seen.witnesses
-        or others.infra
-        or others.weights
-        or seen.spread
+    elif (
+        value is not None
+        and run is None
+        and fall is None
+        and others is None
+        and episode is None
+        and trip is None
+        and not (tracks or metrics or marks)
+        and failed is None
+        and spread is None
+        and baseline.seen >= config.warmup_steps
+        and value != baseline.last
+        and value - value == 0.0
+        and is_calm(baseline, value)
+        and (config.min_reward is None or value >= config.min_reward)
     ):
+        # Nothing is going on, and nothing begins: this is nearly every step of a healthy run.
+        baseline = absorb(config, baseline, value, False)
+        if has_to_learn(learned, step, value):
+            baseline, learned = learn(config, baseline, learned, step, value, seen.ok)
+        return _new(RewardState, (attempt, step, baseline, learned, *_AT_REST)), _OK
+    if metrics or marks or failed is not None or spread is not None or others is not None:
         tracks = witnesses.follow(tracks, seen)
-        others = witnesses.testify(others, tracks, seen)
+        state = state._replace(tracks=tracks, witnesses=witnesses.testify(others, tracks, seen))
         if (fault := witnesses.broken(seen)) is not None:
-            state = state._replace(tracks=tracks, witnesses=others)
             return _not_finite(state, seen, fault[0])
-        if state.tracks is not tracks or state.witnesses != others:
-            state = state._replace(tracks=tracks, witnesses=others)
-    value = seen.value
     if value is None:
         return _unknown(config, state, seen)
     if not isfinite(value):
@@ -92,8 +116,11 @@ def observe(config: RewardConfig, state: RewardState, seen: Observation) -> tupl
     return _judged(config, state, seen, value)
 
 
+_AT_REST = RewardState()[4:]
+
+
 def silence(config: RewardConfig, quiet_s: float) -> Verdict | None:
-    """The verdict on a stream from which nothing has come for `quiet_s` seconds, or None while that is fine."""
+    """The verdict on a stream that has been silent for `quiet_s` seconds, or None while that is fine."""
     if config.no_step_for_s is None or quiet_s <= config.no_step_for_s:
         return None
     evidence = (("quiet_s", quiet_s), ("no_step_for_s", config.no_step_for_s))
@@ -101,32 +128,26 @@ def silence(config: RewardConfig, quiet_s: float) -> Verdict | None:
 
 
 def acknowledge(state: RewardState) -> RewardState:
-    """The state after a person said that the present level is right: it becomes the baseline, and nothing is open."""
+    """The state after a person said that the present level is right: it is the baseline, and nothing is open."""
     baseline = release(state.baseline)
-    trip = state.trip
-    if trip is not None and trip.level is not None:
-        baseline = adopt(baseline, trip.level, 4.0)
-    elif state.fall.active:
+    if state.trip is not None and state.trip.level is not None:
+        baseline = adopt(baseline, state.trip.level, 4.0)
+    elif state.fall is not None and state.fall.active:
         values = [v for _, v in state.fall.tail]
         baseline = adopt(baseline, sum(values) / len(values), min(len(values), 20))
-    return state._replace(baseline=baseline, run=_NO_RUN, fall=falls.NO_FALL, episode=None, trip=None)
+    return state._replace(baseline=baseline, run=None, fall=None, episode=None, trip=None)
 
 
 def _restarted(state: RewardState, seen: Observation) -> RewardState:
-    """Back at an older step: the level that the run had there is the baseline, and no suspicion is carried over."""
+    """Back at an older step: the level that the run had there is the baseline; no suspicion is carried over."""
     baseline, learned = release(state.baseline), state.learned
     level = level_at(learned, seen.step)
     if level is not None and state.step is not None and seen.step < state.step:
         baseline = adopt(baseline, min(level, baseline.level), min(baseline.weight, 10.0))
-        learned = learned._replace(history=tuple(past for past in learned.history if past[0] <= seen.step))
+        history = tuple(past for past in learned.history if past[0] <= seen.step)
+        learned = learned._replace(history=history, due=history[-1][0] + learned.stride)
     return state._replace(
-        attempt=seen.attempt,
-        baseline=baseline,
-        learned=learned,
-        run=_NO_RUN,
-        fall=falls.NO_FALL,
-        episode=None,
-        trip=None,
+        attempt=seen.attempt, baseline=baseline, learned=learned, run=None, fall=None, episode=None, trip=None
     )
 
 
@@ -134,13 +155,7 @@ def _unknown(config: RewardConfig, state: RewardState, seen: Observation) -> tup
     streak = state.unknown_streak + 1
     state = state._replace(attempt=seen.attempt, step=seen.step, unknown_streak=streak)
     if state.trip is not None:
-        return state, Verdict(
-            level=Level.HOLD,
-            reason=state.trip.reason,
-            kind=state.trip.kind,
-            onset_step=state.trip.onset_step,
-            tripped=True,
-        )
+        return state, _still(state.trip, Level.HOLD, ())
     if streak < config.unknown_streak_warn:
         return _quiet(state), _OK
     return _warned(state, seen, Reason.REWARD_MISSING, None, (("rows_without_value", float(streak)),))
@@ -153,89 +168,86 @@ def _not_finite(state: RewardState, seen: Observation, reason: Reason) -> tuple[
         step=seen.step,
         trip=trip._replace(back_nats=0.0),
         episode=None,
-        run=_NO_RUN,
-        fall=falls.NO_FALL,
+        run=None,
+        fall=None,
         baseline=release(state.baseline),
         unknown_streak=0,
     )
-    verdict = Verdict(
+    return state, Verdict(
         level=Level.HOLD, reason=reason, kind=trip.kind, onset_step=trip.onset_step, tripped=True
     )
-    return state, verdict
 
 
 def _judged(
     config: RewardConfig, state: RewardState, seen: Observation, value: float
 ) -> tuple[RewardState, Verdict]:
-    baseline, learned, fall, run = state.baseline, state.learned, state.fall, state.run
-    step, ok = seen.step, seen.ok
-    model = model_of(config, baseline, learned, ok)
-    same = run.length > 0 and value == run.value
-    if model is None or value < model.level or same or fall.half or fall.quarter or fall.near or fall.start:
-        was_active = fall.active
-        run = runs.constant_run(config, model, baseline, fall, run, step, value, ok or baseline.rollouts or 1)
-        if model is not None:
-            fall = falls.after(config, model, _start_level(model, learned), fall, step, value)
+    """The verdict on a finite value while nothing is tripped (or only something that was not a number)."""
+    baseline, learned = state.baseline, state.learned
+    model = model_of(config, baseline, learned, seen.ok)
+    ok = seen.ok or baseline.rollouts or 1
+    run = runs.constant_run(config, model, state, state.fall, seen.step, value, ok)
+    fall = None
+    if model is not None and (state.fall is not None or value < model.level):
+        fall = falls.after(config, model, _start_level(model, learned), state.fall, seen.step, value)
+    if _is_uneventful(config, state, seen, value, model, run, fall):
+        verdict = _OK
+    else:
         held = _hold(config, state, seen, value, model, run, fall)
         if held is not None:
-            return _tripped(config, state, seen, value, held)
-        new, verdict = _warning(config, state, seen, value, model, run, fall)
-        if verdict.level == Level.OK and was_active and not new.fall.active:
-            new = new._replace(episode=None)
-        return _absorbed(config, new, seen, value, verdict)
-    if config.min_reward is not None and value < config.min_reward:
-        return _tripped(config, state, seen, value, _min_reward(config, seen, value))
-    run = Run(value, 1, step)
-    if state.tracks or state.episode is not None:
-        new, verdict = _warning(config, state, seen, value, model, run, fall)
-        return _absorbed(config, new, seen, value, verdict)
-    baseline = absorb(config, baseline, value, False)
-    if not learned.decided or step >= learned.history[-1][0] + learned.stride:
-        baseline, learned = learn(config, baseline, learned, step, value, ok)
-    trip = state.trip
-    state = RewardState(seen.attempt, step, baseline, learned, run, fall, (), state.witnesses)
-    return state, (_OK if trip is None else Verdict(recovered=True))
-
-
-def _absorbed(
-    config: RewardConfig, state: RewardState, seen: Observation, value: float, verdict: Verdict
-) -> tuple[RewardState, Verdict]:
-    """The state with the value learned, or held back while a test is suspicious of it."""
-    run, fall, learned = state.run, state.fall, state.learned
-    suspicious = (
-        fall.active
-        or falls.nats(fall) > _SUSPICIOUS_NATS
-        or fall.near > _SUSPICIOUS_NATS
-        or run.evidence > _SUSPICIOUS_NATS
-    )
-    baseline = state.baseline
-    if not fall.active:
-        baseline = absorb(config, baseline, value, suspicious)
-        if not suspicious:
-            baseline, learned = learn(config, baseline, learned, seen.step, value, seen.ok)
-    if state.trip is not None:
-        verdict = Verdict(
-            level=verdict.level,
-            reason=verdict.reason,
-            kind=verdict.kind,
-            evidence=verdict.evidence,
-            recovered=True,
+            return _tripped(state, seen, value, held)
+        if state.fall is not None and state.fall.active and fall is None:
+            state = state._replace(episode=None)  # the reward is back where it was
+        state, verdict = _warning(config, state._replace(run=run, fall=fall), seen, value, model)
+        baseline, run, fall = state.baseline, state.run, state.fall
+    # What a warned-about fall shows is not learned; its level is adopted as a whole, or not at all.
+    if fall is None or not fall.active:
+        suspicious = (run is not None and run.evidence > _SUSPICIOUS_NATS) or (
+            fall is not None and (falls.nats(fall) > _SUSPICIOUS_NATS or fall.near > _SUSPICIOUS_NATS)
         )
-    state = RewardState(
-        seen.attempt,
-        seen.step,
-        baseline,
-        learned,
-        run,
-        fall,
-        state.tracks,
-        state.witnesses,
-        0,
-        state.same_spread,
-        state.episode,
-        None,
+        baseline = absorb(config, baseline, value, suspicious)
+        if not suspicious and has_to_learn(learned, seen.step, value):
+            baseline, learned = learn(config, baseline, learned, seen.step, value, seen.ok)
+    else:
+        baseline = baseline._replace(last=value)
+    if state.trip is not None:
+        verdict = _recovered(verdict)
+    fields = (seen.attempt, seen.step, baseline, learned, run, fall, state.tracks, state.witnesses, 0)
+    return _new(RewardState, (*fields, state.same_spread, state.episode, None)), verdict
+
+
+def _is_uneventful(
+    config: RewardConfig,
+    state: RewardState,
+    seen: Observation,
+    value: float,
+    model: Model | None,
+    run: Run | None,
+    fall: Fall | None,
+) -> bool:
+    """Whether it is plain that this observation is neither held nor warned about."""
+    if run is not None and (
+        run.evidence >= config.warn_nats
+        or not runs.is_natural(config, state.baseline, run)
+        or (value == 0.0 and _is_streak(config, run.length) and not runs.is_sparse(model, state.baseline))
+    ):
+        return False
+    if fall is not None and (
+        fall.active or falls.nats(fall) >= _WITNESSED_NATS or fall.near >= _WITNESSED_NATS
+    ):
+        return False
+    return (
+        state.episode is None
+        and state.witnesses is None
+        and not state.tracks
+        and seen.spread is None
+        and (state.fall is None or not state.fall.active)
+        and (config.min_reward is None or value >= config.min_reward)
     )
-    return state, verdict
+
+
+def _is_streak(config: RewardConfig, zeros: int) -> bool:
+    warn, hold = config.zero_streak_warn, config.zero_streak_hold
+    return (warn is not None and zeros >= warn) or (hold is not None and zeros >= hold)
 
 
 def _start_level(model: Model, learned: Learned) -> float | None:
@@ -244,7 +256,11 @@ def _start_level(model: Model, learned: Learned) -> float | None:
         return None
     level = learned.start_sum / learned.start_n
     height = model.level - model.floor
-    if level > model.level - 0.15 * height or level < model.floor + 0.03 * height:
+    if (
+        level > model.level - 0.15 * height
+        or level < model.floor + 0.03 * height
+        or level <= 0.0 < model.rollouts
+    ):
         return None
     return level if model.shares or model.level - level > 1.5 * model.sigma else None
 
@@ -258,81 +274,76 @@ def _hold(
     seen: Observation,
     value: float,
     model: Model | None,
-    run: Run,
-    fall: Fall,
+    run: Run | None,
+    fall: Fall | None,
 ) -> Verdict | None:
-    if run.evidence >= config.run_nats:
+    if run is not None and run.evidence >= config.run_nats:
         onset = run.first_step
-        if fall.tail and model is not None and fall.tail[0][0] < onset:
+        if model is not None and fall is not None and fall.tail[0][0] < onset:
             onset = min(onset, falls.segment(model, fall.tail).leaves_at)
-        evidence = (
+        figures = (
             ("value", value),
             ("run_length", float(run.length)),
             ("nats", run.evidence),
             ("threshold_nats", config.run_nats),
             ("baseline", state.baseline.level),
         )
-        return _held(state, seen, Reason.REWARD_COLLAPSE, onset, evidence)
-    if model is not None and fall.tail:
+        return _held(state, seen, Reason.REWARD_COLLAPSE, onset, figures)
+    if model is not None and fall is not None:
         held = _hold_of_fall(config, state, seen, model, fall)
         if held is not None:
             return held
     streak = config.zero_streak_hold
-    if (
-        streak is not None
-        and value == 0.0
-        and run.length >= streak
-        and not runs.is_sparse(model, state.baseline)
-    ):
-        zeros = (("zeros", float(run.length)), ("zero_streak_hold", float(streak)))
+    long_enough = value == 0.0 and streak is not None and run is not None and run.length >= streak
+    if long_enough and run is not None and not runs.is_sparse(model, state.baseline):
+        zeros = (("zeros", float(run.length)), ("zero_streak_hold", float(streak or 0)))
         return _held(state, seen, Reason.ZERO_STREAK, run.first_step, zeros)
     if config.min_reward is not None and value < config.min_reward:
-        return _min_reward(config, seen, value)
+        return _held(
+            state, seen, Reason.MIN_REWARD, seen.step, (("value", value), ("min_reward", config.min_reward))
+        )
     return None
 
 
 def _hold_of_fall(
     config: RewardConfig, state: RewardState, seen: Observation, model: Model, fall: Fall
 ) -> Verdict | None:
-    others = state.witnesses
     strongest = falls.nats(fall)
-    if fall.near >= config.hold_nats:
-        part = falls.segment(model, fall.tail)
-        return _held(
-            state, seen, Reason.REWARD_COLLAPSE, part.leaves_at, _figures(config, model, fall.near, part)
-        )
-    witness = max(others.infra, others.weights)
-    if strongest >= _WITNESSED_NATS and witness >= _WITNESS_NATS and strongest + witness >= config.hold_nats:
-        part = falls.segment(model, fall.tail)
-        evidence = (*_figures(config, model, strongest, part), ("witness_nats", witness))
-        reason = Reason.REWARD_PARTIAL_LOSS
-        if others.weights > others.infra or (
-            fall.start >= strongest and _odds_of_start(state, model, part) > 1
-        ):
-            reason = Reason.REWARD_START_LEVEL
-        return _held(state, seen, reason, part.onset, evidence)
-    if strongest < config.hold_nats:
+    others = state.witnesses
+    infra, weights = (others.infra, others.weights) if others is not None else (0.0, 0.0)
+    witness = max(infra, weights)
+    if fall.near < config.hold_nats and strongest + witness < config.hold_nats:
         return None
     part = falls.segment(model, fall.tail)
+    if fall.near >= config.hold_nats:
+        figures = _figures(config, model, fall.near, part)
+        return _held(state, seen, Reason.REWARD_COLLAPSE, part.leaves_at, figures)
+    if strongest >= _WITNESSED_NATS and witness >= _WITNESS_NATS:
+        figures = (*_figures(config, model, strongest, part), ("witness_nats", witness))
+        stale = weights > infra or (infra < _WITNESS_NATS and _odds_of_start(state, model, part) > 1)
+        reason = Reason.REWARD_START_LEVEL if stale else Reason.REWARD_PARTIAL_LOSS
+        return _held(state, seen, reason, part.onset, figures)
+    if strongest < config.hold_nats:
+        return None
     least, most = _START_STEPS
-    flat = part.trend_nats < _SUSPICIOUS_NATS
-    if fall.start >= config.hold_nats and flat and least <= part.steps <= most:
+    if fall.start >= config.hold_nats and part.trend_nats < _SUSPICIOUS_NATS and least <= part.steps <= most:
         odds = _odds_of_start(state, model, part)
         if odds >= _START_ODDS:
-            evidence = (
+            start_level = state.learned.start_sum / state.learned.start_n
+            figures = (
                 *_figures(config, model, fall.start, part),
-                ("starting_level", state.learned.start_sum / state.learned.start_n),
+                ("starting_level", start_level),
                 ("odds", odds),
             )
-            return _held(state, seen, Reason.REWARD_START_LEVEL, part.onset, evidence)
+            return _held(state, seen, Reason.REWARD_START_LEVEL, part.onset, figures)
     left = (part.end - model.floor) / max(model.level - model.floor, 1e-12)
-    if part.steps >= _TREND_COUNT and part.trend_nats >= _TREND_NATS and left <= _DECAYED:
-        evidence = (
+    if part.steps >= _TREND_STEPS and part.trend_nats >= _TREND_NATS and left <= _DECAYED:
+        figures = (
             *_figures(config, model, strongest, part),
             ("slope", part.slope),
             ("trend_nats", part.trend_nats),
         )
-        return _held(state, seen, Reason.REWARD_DECAY, part.leaves_at, evidence)
+        return _held(state, seen, Reason.REWARD_DECAY, part.leaves_at, figures)
     return None
 
 
@@ -343,9 +354,7 @@ def _odds_of_start(state: RewardState, model: Model, part: falls.Segment) -> flo
     return falls.start_odds(model, part, learned.start_sum / learned.start_n, learned.start_n)
 
 
-def _figures(
-    config: RewardConfig, model: Model, nats: float, part: falls.Segment
-) -> tuple[tuple[str, float], ...]:
+def _figures(config: RewardConfig, model: Model, nats: float, part: falls.Segment) -> Figures:
     return (
         ("level", part.level),
         ("baseline", model.level),
@@ -355,16 +364,7 @@ def _figures(
     )
 
 
-def _min_reward(config: RewardConfig, seen: Observation, value: float) -> Verdict:
-    evidence = (("value", value), ("min_reward", config.min_reward or 0.0))
-    return Verdict(
-        level=Level.HOLD, reason=Reason.MIN_REWARD, onset_step=seen.step, evidence=evidence, tripped=True
-    )
-
-
-def _held(
-    state: RewardState, seen: Observation, reason: Reason, onset: int, evidence: tuple[tuple[str, float], ...]
-) -> Verdict:
+def _held(state: RewardState, seen: Observation, reason: Reason, onset: int, evidence: Figures) -> Verdict:
     return Verdict(
         level=Level.HOLD,
         reason=reason,
@@ -376,33 +376,35 @@ def _held(
 
 
 def _kind(state: RewardState, seen: Observation) -> Kind:
-    """Infrastructure when a second witness says so; policy when it moved and nothing else did; else not decidable."""
+    """Infrastructure when a second witness says so; policy when it moved and nothing else did; else unknown."""
     others = state.witnesses
-    if others.infra >= _WITNESS_NATS or others.weights >= _WITNESS_NATS:
+    if others is not None and (others.infra >= _WITNESS_NATS or others.weights >= _WITNESS_NATS):
         return Kind.INFRA
-    watched = others.complete or Witness.SERVERS_HEALTHY in seen.witnesses
-    if watched and witnesses.policy_moved(state.tracks, others.complete):
+    complete = others is not None and others.complete
+    watched = complete or Witness.SERVERS_HEALTHY in seen.witnesses
+    if watched and witnesses.policy_moved(state.tracks, complete):
         return Kind.POLICY
     return Kind.UNKNOWN
 
 
 def _tripped(
-    config: RewardConfig, state: RewardState, seen: Observation, value: float, verdict: Verdict
+    state: RewardState, seen: Observation, value: float, verdict: Verdict
 ) -> tuple[RewardState, Verdict]:
-    onset = verdict.onset_step if verdict.onset_step is not None else seen.step
-    trip = Trip(verdict.reason, verdict.kind, seen.step, onset, value)
+    onset = seen.step if verdict.onset_step is None else verdict.onset_step
     state = state._replace(
         attempt=seen.attempt,
         step=seen.step,
         baseline=release(state.baseline),
-        run=_NO_RUN,
-        fall=falls.NO_FALL,
+        run=None,
+        fall=None,
         unknown_streak=0,
         episode=None,
-        trip=trip,
+        trip=Trip(verdict.reason, verdict.kind, seen.step, onset, value),
     )
-    assert config.hold_nats > 0
     return state, verdict
+
+
+# --- After a hold
 
 
 def _while_tripped(
@@ -418,17 +420,36 @@ def _while_tripped(
         gained = -_BACK_NATS
     back = max(0.0, trip.back_nats + gained)
     if back >= _BACK_NATS:
-        state = state._replace(trip=None, run=Run(value, 1, seen.step), unknown_streak=0)
-        return _absorbed(config, state, seen, value, Verdict(recovered=True))
+        baseline = absorb(config, state.baseline, value, False)
+        state = state._replace(
+            attempt=seen.attempt, step=seen.step, baseline=baseline, unknown_streak=0, trip=None
+        )
+        return state, _recovered(_OK)
     trip = trip._replace(back_nats=back, level=value if back == 0.0 else trip.level)
     state = state._replace(attempt=seen.attempt, step=seen.step, unknown_streak=0, trip=trip)
-    return state, Verdict(
-        level=Level.WARN if back > 0.0 else Level.HOLD,
+    figures = (("value", value), ("baseline", state.baseline.level), ("back_nats", back))
+    return state, _still(trip, Level.WARN if back > 0.0 else Level.HOLD, figures)
+
+
+def _still(trip: Trip, level: Level, evidence: Figures) -> Verdict:
+    return Verdict(
+        level=level,
         reason=trip.reason,
         kind=trip.kind,
         onset_step=trip.onset_step,
-        evidence=(("value", value), ("baseline", state.baseline.level), ("back_nats", back)),
+        evidence=evidence,
         tripped=True,
+    )
+
+
+def _recovered(verdict: Verdict) -> Verdict:
+    return Verdict(
+        level=verdict.level,
+        reason=verdict.reason,
+        kind=verdict.kind,
+        onset_step=verdict.onset_step,
+        evidence=verdict.evidence,
+        recovered=True,
     )
 
 
@@ -440,58 +461,41 @@ def _back_nats(model: Model, bad: float, value: float) -> float:
         if p - m < 1e-3:
             return _BACK_NATS if value >= m else -_BACK_NATS
         return model.effective * (value * log(p / m) + (1 - value) * (log1p(-p) - log1p(-m)))
-    shift = max((model.level - middle) / model.sigma, 1.0)
-    z = (value - model.level) / model.sigma
-    if z > 0:
+    if value >= model.level:
         return _BACK_NATS
-    return 4.5 * (log1p((z + shift) ** 2 / 8.0) - log1p(z * z / 8.0))
+    shift = max((model.level - middle) / model.sigma, 1.0)
+    return -falls.student_nats((value - model.level) / model.sigma, shift)
 
 
 # --- Warnings
 
 
 def _warning(
-    config: RewardConfig,
-    state: RewardState,
-    seen: Observation,
-    value: float,
-    model: Model | None,
-    run: Run,
-    fall: Fall,
+    config: RewardConfig, state: RewardState, seen: Observation, value: float, model: Model | None
 ) -> tuple[RewardState, Verdict]:
-    """The state with this observation's run and fall, and a warning when one is warranted."""
-    baseline = state.baseline
-    if model is not None and fall.tail:
-        if not fall.active and falls.nats(fall) >= config.warn_nats:
-            part = falls.segment(model, fall.tail)
-            fall = fall._replace(active=True, onset=part.leaves_at, age=1)
-        if fall.active:
-            part = falls.segment(model, fall.tail)
-            if fall.age >= config.curriculum_grace_steps and part.trend_nats < _TREND_NATS:
-                recent = [v for _, v in fall.tail[-20:]]
-                baseline = adopt(baseline, sum(recent) / len(recent), float(len(recent)))
-                fall = falls.NO_FALL
-                state = state._replace(baseline=baseline)
-            else:
-                state = state._replace(run=run, fall=fall, same_spread=_same_spread(state, seen, value))
-                reason = Reason.REWARD_DECAY if part.trend_nats >= _TREND_NATS else Reason.REWARD_LEVEL_FALL
-                if fall.start >= falls.nats(fall) and _odds_of_start(state, model, part) > 1:
-                    reason = Reason.REWARD_START_LEVEL
-                return _warned(
-                    state, seen, reason, fall.onset, _figures(config, model, falls.nats(fall), part)
-                )
-    state = state._replace(run=run, fall=fall, same_spread=_same_spread(state, seen, value))
-    streak = config.zero_streak_warn
-    if streak is not None and value == 0.0 and run.length >= streak and not runs.is_sparse(model, baseline):
-        return _warned(state, seen, Reason.ZERO_STREAK, run.first_step, (("zeros", float(run.length)),))
-    if run.evidence >= config.warn_nats:
-        evidence = (("value", value), ("run_length", float(run.length)), ("nats", run.evidence))
-        return _warned(state, seen, Reason.REWARD_COLLAPSE, run.first_step, evidence)
-    if model is not None and run.length > 3:
-        stuck = runs.stuck_nats(config, model, baseline, run)
+    """The state with its episode, and a warning when one is warranted."""
+    state = state._replace(same_spread=_same_spread(state, seen, value))
+    if model is not None and state.fall is not None:
+        fallen = _warning_of_fall(config, state, seen, model, state.fall)
+        if fallen is not None:
+            return fallen
+        if state.fall.active:  # the grace is over, and the new level accepted
+            recent = [v for _, v in state.fall.tail[-20:]]
+            baseline = adopt(state.baseline, sum(recent) / len(recent), float(len(recent)))
+            return state._replace(baseline=baseline, fall=None, run=None, episode=None), _OK
+    run = state.run
+    if run is not None:
+        figures: Figures = (("value", value), ("run_length", float(run.length)))
+        streak = config.zero_streak_warn
+        long_enough = value == 0.0 and streak is not None and run.length >= streak
+        if long_enough and not runs.is_sparse(model, state.baseline):
+            return _warned(state, seen, Reason.ZERO_STREAK, run.first_step, figures)
+        if run.evidence >= config.warn_nats:
+            figures = (*figures, ("nats", run.evidence))
+            return _warned(state, seen, Reason.REWARD_COLLAPSE, run.first_step, figures)
+        stuck = runs.stuck_nats(config, model, state.baseline, run) if model is not None else 0.0
         if stuck >= config.stuck_nats:
-            evidence = (("value", value), ("run_length", float(run.length)), ("nats", stuck))
-            return _warned(state, seen, Reason.REWARD_STUCK, run.first_step, evidence)
+            return _warned(state, seen, Reason.REWARD_STUCK, run.first_step, (*figures, ("nats", stuck)))
     if state.same_spread >= 3:
         same = (("steps", float(state.same_spread)), ("value", value))
         return _warned(state, seen, Reason.REWARD_VARIANCE_COLLAPSE, None, same)
@@ -499,6 +503,28 @@ def _warning(
         reason, track = moved
         return _warned(state, seen, reason, None, (("scales", track.z), ("usual", track.mean)))
     return _quiet(state), _OK
+
+
+def _warning_of_fall(
+    config: RewardConfig, state: RewardState, seen: Observation, model: Model, fall: Fall
+) -> tuple[RewardState, Verdict] | None:
+    """The warning about a fall, None when there is none to give (any more)."""
+    strongest = falls.nats(fall)
+    if not fall.active and strongest < config.warn_nats:
+        return None
+    part = falls.segment(model, fall.tail)
+    if not fall.active:
+        fall = fall._replace(active=True, onset=part.leaves_at, age=1)
+    elif fall.age >= config.curriculum_grace_steps and part.trend_nats < _TREND_NATS:
+        return None
+    reason = Reason.REWARD_LEVEL_FALL
+    if part.trend_nats >= _TREND_NATS:
+        reason = Reason.REWARD_DECAY
+    elif fall.start >= strongest and _odds_of_start(state, model, part) > 1:
+        reason = Reason.REWARD_START_LEVEL
+    return _warned(
+        state._replace(fall=fall), seen, reason, fall.onset, _figures(config, model, strongest, part)
+    )
 
 
 def _same_spread(state: RewardState, seen: Observation, value: float) -> int:
@@ -514,11 +540,7 @@ def _same_spread(state: RewardState, seen: Observation, value: float) -> int:
 
 
 def _warned(
-    state: RewardState,
-    seen: Observation,
-    reason: Reason,
-    onset: int | None,
-    evidence: tuple[tuple[str, float], ...],
+    state: RewardState, seen: Observation, reason: Reason, onset: int | None, evidence: Figures
 ) -> tuple[RewardState, Verdict]:
     episode = state.episode or Episode(reason, seen.step)
     if episode.quiet:
@@ -530,6 +552,7 @@ def _warned(
 
 
 def _quiet(state: RewardState) -> RewardState:
+    """The state after a step without a warning; enough of them end the episode."""
     episode = state.episode
     if episode is None:
         return state

@@ -26,6 +26,7 @@ __all__ = [
     "Learned",
     "Level",
     "Observation",
+    "Pending",
     "RewardConfig",
     "RewardState",
     "Run",
@@ -190,11 +191,21 @@ class Verdict:
     """With this observation the stream is back at the baseline from before the incident."""
 
 
+class Pending(NamedTuple):
+    """Values held back because a test is suspicious of them; they get in together once it no longer is."""
+
+    size: int
+    total: float
+    zeros: int
+    squares: float
+    """Their squared innovations, in the unit of the noise."""
+
+
 class Baseline(NamedTuple):
     """What a healthy step looks like, learned from healthy steps only."""
 
     seen: int = 0
-    """Values absorbed so far."""
+    """Values seen so far."""
     weight: float = 0.0
     """How many steps the level rests on; at most the memory."""
     level: float = 0.0
@@ -213,13 +224,9 @@ class Baseline(NamedTuple):
     """How often a value equals the one before."""
     zero_rate: float = 0.5
     """How often a value is exactly zero, with the memory of the level."""
-    pending_n: int = 0
-    """Values held back because a test is suspicious of them; absorbed when it no longer is."""
-    pending_sum: float = 0.0
-    pending_zeros: int = 0
-    pending_noise: float = 0.0
-    pending_ties: int = 0
+    ties: int = 0
     """Ties of the run that is going on; they count towards `tie_rate` when it ends."""
+    pending: Pending | None = None
 
 
 class Learned(NamedTuple):
@@ -238,6 +245,8 @@ class Learned(NamedTuple):
     history: tuple[tuple[int, float], ...] = ()
     """The level at past steps, thinned out (at most 32)."""
     stride: int = 8
+    due: int = -1
+    """The step from which the history wants its next entry; below 0 while the start is still being learned."""
 
 
 Switched = tuple[float, float, float]
@@ -246,9 +255,9 @@ Switched = tuple[float, float, float]
 class Run(NamedTuple):
     """The same number again and again, far below the baseline or simply stuck."""
 
-    value: float = 0.0
-    length: int = 0
-    first_step: int = 0
+    value: float
+    length: int
+    first_step: int
     plain: float = 0.0
     """Nats against: the healthy baseline gives this run."""
     switched: Switched | None = None
@@ -323,16 +332,16 @@ class Trip(NamedTuple):
 
 
 class RewardState(NamedTuple):
-    """All that the judgement remembers."""
+    """All that the judgement remembers. While nothing is going on, the fields after `learned` are at their defaults."""
 
     attempt: int = 0
     step: int | None = None
     baseline: Baseline = Baseline()
     learned: Learned = Learned()
-    run: Run = Run()
-    fall: Fall = Fall()
+    run: Run | None = None
+    fall: Fall | None = None
     tracks: tuple[Track, ...] = ()
-    witnesses: Witnesses = Witnesses()
+    witnesses: Witnesses | None = None
     unknown_streak: int = 0
     same_spread: int = 0
     """Steps in a row whose rollouts all scored the same."""

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from math import exp, log, log1p
 
-from stepguardd.core.reward.baseline import Model, log_any_tie, log_constant
-from stepguardd.core.reward.model import Baseline, Fall, RewardConfig, Run, Switched
+from stepguardd.core.reward.baseline import LEAST_TIE, Model, log_any_tie, log_constant
+from stepguardd.core.reward.model import Baseline, Fall, RewardConfig, RewardState, Run, Switched
 
-__all__ = ["constant_run", "is_sparse", "stuck_nats"]
+__all__ = ["constant_run", "is_natural", "is_sparse", "stuck_nats"]
 
 _GRID = 0.15  # of the height, between the two lower levels that the likelihood is computed for
 _NEVER = -1e6
@@ -24,35 +24,41 @@ _NEVER = -1e6
 def constant_run(
     config: RewardConfig,
     model: Model | None,
-    baseline: Baseline,
-    fall: Fall,
-    run: Run,
+    state: RewardState,
+    fall: Fall | None,
     step: int,
     value: float,
     ok: int,
-) -> Run:
+) -> Run | None:
     """
     The run of equal values that `value` continues or begins, and the evidence that it is a collapse.
+
+    None for a value that is neither a repetition nor suspect by itself.
 
     Args:
         config: the settings.
         model: the healthy hypothesis; None while too little is known: the run is only counted.
-        baseline: what the model was made from.
+        state: with the baseline that the model was made from, and the run so far.
         fall: a fall that is going on; its level is then one of the healthy explanations.
-        run: the run so far.
         step: of this observation.
         value: finite.
         ok: rollouts behind the value, 1 when unknown.
 
     """
-    again = run.length > 0 and value == run.value
-    length, first = (run.length + 1, run.first_step) if again else (1, step)
+    baseline, run = state.baseline, state.run
+    again, length, first = value == baseline.last, 1, step
+    if again:
+        length, first = (
+            (run.length + 1, run.first_step) if run else (2, step if state.step is None else state.step)
+        )
+    elif model is None:
+        return Run(value, 1, step) if value == 0.0 else None
     if model is None or value > model.level:
-        return Run(value, length, first)
+        return Run(value, length, first) if again else None
     z = (value - model.level) / model.sigma if model.sigma > 0 else 0.0
-    floor = value in {0.0, -1.0} or (model.shares and value == 0.0)
+    floor = value in {0.0, -1.0}
     if not floor and z > -3.0:
-        return Run(value, length, first)
+        return Run(value, length, first) if again else None
     gained = -_log_healthy(model, baseline, value, floor)
     if not floor and not again:
         # A constant that nobody could name beforehand proves nothing by being exact: only its distance counts.
@@ -60,7 +66,7 @@ def constant_run(
             0.0, gained + log(model.resolution / max(baseline.high - baseline.low, model.resolution))
         )
     plain, rollouts, switched = gained, ok * length, None
-    if again and run.rollouts:
+    if again and run and run.rollouts:
         plain, rollouts, switched = plain + run.plain, ok + run.rollouts, run.switched
     if plain < 4.0:
         return Run(value, length, first, plain, None, rollouts, plain)
@@ -73,7 +79,7 @@ def constant_run(
         )
     switched = _switched(config, model, baseline, value, floor, switched, length)
     evidence = _together(config, evidence, switched)
-    if fall.active and fall.age > length:
+    if fall and fall.active and fall.age > length:
         evidence = min(evidence, _within_fall(model, fall, value, length))
     return Run(value, length, first, plain, switched, rollouts, max(evidence, 0.0))
 
@@ -145,6 +151,13 @@ def stuck_nats(config: RewardConfig, model: Model, baseline: Baseline, run: Run)
     # A healthy stretch in which every second value ties, for whatever reason, is part of the null.
     stretch = repeats * log(0.5) - log(config.switch_every_steps)
     return -max(tie, stretch)
+
+
+def is_natural(config: RewardConfig, baseline: Baseline, run: Run) -> bool:
+    """Whether so short a run cannot be stuck by the likelihood, however well the model fits (a cheap bound)."""
+    if run.length < 5 or run.value == 0.0 or (run.value == 1.0 and baseline.rollouts):
+        return True
+    return (1 - run.length) * log(max(1.3 * baseline.tie_rate, LEAST_TIE)) < config.stuck_nats
 
 
 def is_sparse(model: Model | None, baseline: Baseline) -> bool:

@@ -107,9 +107,9 @@ def _followed(track: Track, value: float) -> Track:
     return Track(name, count + 1, mean, scale, z, 0, moved_ago)
 
 
-def testify(before: Witnesses, tracks: tuple[Track, ...], seen: Observation) -> Witnesses:
+def testify(before: Witnesses | None, tracks: tuple[Track, ...], seen: Observation) -> Witnesses | None:
     """
-    The second witnesses after one observation.
+    The second witnesses after one observation; None when there is nothing to say.
 
     Args:
         before: as they were.
@@ -117,7 +117,7 @@ def testify(before: Witnesses, tracks: tuple[Track, ...], seen: Observation) -> 
         seen: the observation.
 
     """
-    infra, weights = before.infra * _FADE, before.weights * _FADE
+    infra, weights = (before.infra * _FADE, before.weights * _FADE) if before is not None else (0.0, 0.0)
     if Witness.SERVER_UNHEALTHY in seen.witnesses:
         infra = max(infra, _SERVER_NATS)
     if Witness.WEIGHTS_SUSPECT in seen.witnesses:
@@ -129,7 +129,9 @@ def testify(before: Witnesses, tracks: tuple[Track, ...], seen: Observation) -> 
         elif track.name == "logprob_diff" and track.high_for > 0:
             weights = max(weights, min(_CERTAIN, track.z))
     complete = failing is not None and failing <= _USUAL_FAILURES
-    return Witnesses(infra if infra > 0.1 else 0.0, weights if weights > 0.1 else 0.0, complete)
+    if infra < 0.1 and weights < 0.1 and not complete:
+        return None
+    return Witnesses(infra, weights, complete)
 
 
 def _failing_nats(track: Track, failing: float, seen: Observation) -> float:
