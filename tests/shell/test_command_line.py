@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -304,3 +305,21 @@ def test_config_schema_is_the_annotated_file_or_json_schema(capsys: pytest.Captu
     root = Path(__file__).parents[2]
     assert stepguard(capsys, "config", "schema") == (0, (root / "config.toml").read_text(), "")
     assert "properties" in json.loads(stepguard(capsys, "config", "schema", "--json")[1])
+
+
+@pytest.mark.e2e
+def test_watching_goes_on_while_the_daemon_is_away_until_ctrl_c(tmp_path: Path) -> None:
+    """One JSON object a line; an absence is said on stderr and waited out."""
+    command = [sys.executable, "-c", "from stepguardd.cli import main; main()", "status", "--watch", "--json"]
+    command += ["--every", "0.1", "--run-dir", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watching:
+        assert watching.stdout is not None
+        assert watching.stderr is not None
+        assert "no daemon: " in watching.stderr.readline()
+        with serving(tmp_path, FakeDaemon()):
+            seen = [json.loads(watching.stdout.readline()) for _ in range(2)]
+        watching.send_signal(signal.SIGINT)
+        rest = watching.stderr.read()
+        assert watching.wait(10) == 130
+    assert seen == [WELL, WELL]
+    assert "Traceback" not in rest

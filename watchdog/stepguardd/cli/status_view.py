@@ -199,7 +199,7 @@ def _advice(status: StatusDict) -> str:
         return "The trainer is gone: start it again, with STEPGUARD_RUN_DIR set."
     if phase == "open":
         if status.get("mode") == "act":
-            return "Nothing yet: Stepguard is repairing it. Watch with: stepguard status --watch"
+            return "Nothing yet: Stepguard is repairing it."
         return 'Repair the cause, or let Stepguard: stepguard restart-server, or mode = "act".'
     return _PHASES.get(phase, ("", "", "This daemon is newer than this command: update it."))[2]
 
