@@ -27,8 +27,8 @@ from .core.commands import (
     Command,
     ContinueServer,
     Effect,
-    FindCheckpoint,
     Notify,
+    PrepareRollback,
     PublishGate,
     PushWeights,
     RunCanary,
@@ -42,7 +42,7 @@ from .effects import server as servers
 from .effects.canary import canary
 from .effects.gate import GateWriter
 from .effects.outcome import Outcome, failed
-from .effects.rollback import find_checkpoint
+from .effects.rollback import prepare
 from .effects.weights import push
 from .journal import Journal, JournalError
 from .settings import core_settings
@@ -322,9 +322,12 @@ class Daemon:
 
     async def _act(self, effect: Effect) -> Outcome:
         recovery = self.config.recovery
-        if isinstance(effect, FindCheckpoint):
-            return await find_checkpoint(
-                self.config.checkpoints, effect.before_step, reported=self.state.checkpoints
+        if isinstance(effect, PrepareRollback):
+            return await prepare(
+                self.config.checkpoints,
+                effect.before_step,
+                name=f"before-{effect.before_step}-{effect.intent}",
+                reported=self.state.checkpoints,
             )
         server = self._servers[effect.server]
         match effect:

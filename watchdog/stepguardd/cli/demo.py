@@ -66,7 +66,7 @@ def demo(
                     fault_step=first.fault_step,
                 )
                 _, unguarded = _run(second, view)
-            view.conclude(first.fault_step, guarded, unguarded)
+            view.conclude(guarded, unguarded)
     except DemoError as error:
         fail(str(error))
     except KeyboardInterrupt:

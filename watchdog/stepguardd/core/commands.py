@@ -64,8 +64,8 @@ class PushWeights:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FindCheckpoint:
-    """Find the newest checkpoint before a step that vets good."""
+class PrepareRollback:
+    """Find the newest checkpoint before a step that vets good, and set newer ones aside."""
 
     intent: str
     before_step: int
@@ -81,5 +81,5 @@ class Notify:
     text: str
 
 
-Effect = ContinueServer | StopServer | StartServer | RunCanary | PushWeights | FindCheckpoint
+Effect = ContinueServer | StopServer | StartServer | RunCanary | PushWeights | PrepareRollback
 Command = PublishGate | Notify | Effect

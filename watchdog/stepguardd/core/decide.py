@@ -13,7 +13,7 @@ from typing import assert_never
 
 from . import budget, fleet, recovery, reward
 from .breaker import Phase, Trigger, move
-from .commands import Command, FindCheckpoint, PublishGate
+from .commands import Command, PrepareRollback, PublishGate
 from .events import (
     Answer,
     BatchReported,
@@ -142,7 +142,10 @@ def _never_started(server: Server) -> bool:
 def _first_word(turn: Turn, server: Server, event: ServerProbed) -> None:
     """A server that was running before the daemon came is taken as it is: its run is not held to look."""
     if server.state is ServerState.STARTING and server.repair is None and event.model_info is Answer.OK:
-        turn.put(server.move(ServerState.SERVING, turn.now, None))
+        if turn.state.reconciling:
+            recovery.verify(turn, server, Reason.RECONCILING)
+        else:
+            turn.put(server.move(ServerState.SERVING, turn.now, None))
 
 
 def _on_effect(turn: Turn, event: EffectEnded) -> None:
@@ -160,6 +163,9 @@ def _on_ack(turn: Turn, event: OrderAcknowledged) -> None:
     if event.order == GateOrder.ROLLBACK.value and rollback is not None and ordered:
         if event.generation >= (rollback.generation or 0):
             _rolled_back(turn, rollback, event.ok, event.detail)
+        return
+    if event.order == GateOrder.SAVE.value:
+        _saved(turn, event)
         return
     for server in turn.state.servers:
         recovery.acknowledged(turn, server, event)
@@ -180,6 +186,7 @@ def _on_trainer(turn: Turn, event: TrainerSeen) -> None:
             attempt=event.attempt,
             step=event.step,
             phase=event.phase,
+            phase_at=now if event.phase != old.phase or old.phase_at is None else old.phase_at,
             beats=event.beats,
             beats_at=now if event.beats != old.beats else old.beats_at,
             progress=event.progress,
@@ -200,6 +207,9 @@ def _on_trainer_exit(turn: Turn, event: TrainerExited) -> None:
         turn.state = replace(turn.state, trainer=replace(trainer, alive=False))
         code = "unknown" if event.code is None else str(event.code)
         turn.note("call", Reason.TRAINER_EXITED, f"the trainer (pid {event.pid}) exited, code {code}")
+        if turn.state.rollback is not None:
+            turn.note("call", turn.state.rollback.reason, "and with it the rollback that it was ordered to")
+            turn.state = replace(turn.state, rollback=None)
 
 
 def _on_batch(turn: Turn, event: BatchReported) -> None:
@@ -222,6 +232,8 @@ def _on_batch(turn: Turn, event: BatchReported) -> None:
     in_a_row = trainer.refused_in_a_row + 1 if event.refused is not None else 0
     if in_a_row >= state.settings.max_refused_batches and _healthy(turn.state) and turn.state.trip is None:
         _trip(turn, Reason.ROLLOUTS_FAILED, kind="unknown", step=event.step, onset=event.step)
+    if state.mode is Mode.SHADOW and event.refused is None and _tripped(turn.state, Reason.ROLLOUTS_FAILED):
+        turn.state = replace(turn.state, trip=None)  # in shadow nobody lets go of what holds nothing
     ok = refusal is None or state.mode is Mode.SHADOW
     turn.state = replace(
         turn.state,
@@ -374,8 +386,10 @@ def _settle_trip(turn: Turn) -> None:
     if trip.infra:
         turn.state = replace(state, trip=None)
         return
+    if state.phase is Phase.SHADOW:
+        return
     settings = state.settings
-    if trip.reason is Reason.ROLLOUTS_FAILED and state.mode is not Mode.SHADOW:
+    if trip.reason is Reason.ROLLOUTS_FAILED:
         left = budget.left(
             state.retries, now=turn.now, limit=settings.restart_budget, window_s=settings.restart_window_s
         )
@@ -404,18 +418,21 @@ def _begin_rollback(turn: Turn, before_step: int, reason: Reason) -> None:
     state = turn.state
     if state.rollback is not None:
         return
+    if state.phase is Phase.SHADOW and reason is Reason.OPERATOR_ROLLBACK:
+        turn.note("call", reason, "mode shadow gives no orders: set mode hold or act, and ask again")
+        return
     if state.mode is not Mode.ACT and reason is not Reason.OPERATOR_ROLLBACK:
         turn.note("would", reason, f"would roll back to before step {before_step} in mode act")
         return
     if not state.trainer.handles_rollback:
         turn.note("call", reason, "the trainer cannot roll back in place: a person has to relaunch it")
         return
-    intent = turn.intent("find-checkpoint")
+    intent = turn.intent("prepare-rollback")
     turn.state = replace(
         turn.state,
         rollback=Rollback(before_step=before_step, reason=reason, since=turn.now, intent=intent),
     )
-    turn.commands.append(FindCheckpoint(intent=intent, before_step=before_step))
+    turn.commands.append(PrepareRollback(intent=intent, before_step=before_step))
 
 
 def _target_found(turn: Turn, rollback: Rollback, event: EffectEnded) -> None:
@@ -435,7 +452,7 @@ def _target_found(turn: Turn, rollback: Rollback, event: EffectEnded) -> None:
             generation=turn.state.gate.generation + 1,
         ),
     )
-    turn.note("action", rollback.reason, f"rolling back to the checkpoint of step {event.target_step}")
+    turn.note("action", rollback.reason, f"rolling back to the checkpoint of {event.detail}")
 
 
 def _rolled_back(turn: Turn, rollback: Rollback, ok: bool, detail: str) -> None:
@@ -485,7 +502,11 @@ def _on_operator(turn: Turn, event: OperatorAsked) -> None:
                     refilled = replace(server, repair=None, budget=budget.Budget())
                     recovery.restart(turn, refilled, Reason.OPERATOR_RESTART)
         case "mode":
-            _change_mode(turn, Mode(event.mode), by)
+            known = {mode.value: mode for mode in Mode}
+            if event.mode in known:
+                _change_mode(turn, known[event.mode], by)
+            else:
+                turn.note("person", Reason.UNKNOWN_VERB, f"unknown mode {event.mode!r} asked by {by}")
         case _:
             turn.note("person", Reason.UNKNOWN_VERB, f"unknown request {event.verb!r} by {by}")
 
@@ -495,7 +516,7 @@ def _resume(turn: Turn, by: str) -> None:
     A person lets go of whatever holds, and answers for it.
 
     Soft evidence and unproven weights are set aside, and a tripped reward becomes the new normal.
-    A dead server stays dead: there is nothing to go on with.
+    What cannot be let go of: a dead server, and a rollback that the trainer was already told of.
     """
     state = turn.state
     if state.phase in {Phase.FORCED_OPEN, Phase.LOCKED_OUT}:
@@ -503,8 +524,17 @@ def _resume(turn: Turn, by: str) -> None:
         if state.mode is Mode.SHADOW:
             _to(turn, Trigger.SHADOW_ON)
     judge = state.reward if state.trip is None else reward.acknowledge(state.reward)
+    ordered = state.rollback is not None and state.rollback.generation is not None
+    ordered = ordered and state.mode is not Mode.SHADOW
     turn.state = replace(
-        turn.state, pause=None, lockout=None, trip=None, rollback=None, retries=budget.Budget(), reward=judge
+        turn.state,
+        pause=None,
+        lockout=None,
+        trip=None,
+        rollback=state.rollback if ordered else None,
+        retries=budget.Budget(),
+        reward=judge,
+        reconciling=False,
     )
     turn.note("person", Reason.OPERATOR_RESUME, f"resumed by {by}")
     for server in turn.state.servers:
@@ -525,6 +555,7 @@ def _change_mode(turn: Turn, mode: Mode, by: str) -> None:
         return
     if mode is Mode.SHADOW and state.phase is not Phase.FORCED_OPEN and state.phase is not Phase.LOCKED_OUT:
         _to(turn, Trigger.SHADOW_ON)
+        turn.state = replace(turn.state, rollback=None)  # an order that is no longer given ends by nothing
     elif state.phase is Phase.SHADOW:
         _to(turn, Trigger.SHADOW_OFF)
     turn.state = replace(turn.state, mode=mode)
@@ -545,7 +576,18 @@ def _on_tick(turn: Turn) -> None:
             recovery.suspect(turn, judged, suspicion)
         else:
             recovery.ticked(turn, judged)
+    _rollback_wait(turn)
     _reset_budgets(turn)
+
+
+def _rollback_wait(turn: Turn) -> None:
+    """A trainer that stands at the gate and does not roll back will not."""
+    rollback, trainer, settings = turn.state.rollback, turn.state.trainer, turn.state.settings
+    if rollback is None or rollback.generation is None or trainer.phase != "HELD":
+        return
+    held_s = turn.now - max(rollback.since, trainer.phase_at or rollback.since)
+    if held_s > settings.save_timeout_s:
+        _rolled_back(turn, rollback, False, f"no answer for {held_s:.0f} s")
 
 
 def _reset_budgets(turn: Turn) -> None:
@@ -563,7 +605,7 @@ def _on_start(turn: Turn, event: DaemonStarted) -> None:
     Take up the page where it stands.
 
     A hold that the journal has no reason for (its last rows were lost) is kept until every server was
-    looked at; a generation never goes back.
+    looked at and has generated; a generation never goes back.
     """
     state = turn.state
     gate = state.gate
@@ -571,12 +613,17 @@ def _on_start(turn: Turn, event: DaemonStarted) -> None:
         gate = replace(gate, generation=event.gate_generation + 1)
     gate = replace(gate, judged_batch=max(gate.judged_batch, event.judged_batch))
     unexplained = event.gate_order != GateOrder.GO.value and _wanted(state)[0] is GateOrder.GO
+    reconciling = (unexplained or state.reconciling) and state.mode is not Mode.SHADOW
     turn.state = replace(
         state,
         gate=gate,
-        reconciling=unexplained and state.mode is not Mode.SHADOW,
+        reconciling=reconciling,
         servers=tuple(replace(server, seen=False) for server in state.servers),
     )
+    if reconciling:
+        for server in turn.state.servers:
+            if server.state is not ServerState.STARTING:  # that one waits for its first word
+                recovery.verify(turn, server, Reason.RECONCILING)
     turn.commands.append(PublishGate(gate=gate))
 
 
@@ -618,8 +665,10 @@ def _wanted(state: State) -> tuple[GateOrder, Reason | None, int]:
     held = _held(state)
     if state.phase is Phase.SHADOW:
         return GateOrder.GO, None, 0
-    if state.lockout is not None and state.lockout.saved:
+    if state.lockout is not None and state.lockout.stop:
         return GateOrder.STOP, held, 0
+    if state.lockout is not None and state.lockout.save_generation is not None:
+        return GateOrder.SAVE, held, state.lockout.save_generation
     rollback = state.rollback
     if rollback is not None and rollback.generation is not None:
         return GateOrder.ROLLBACK, rollback.reason, rollback.generation
@@ -648,12 +697,39 @@ def _settle(turn: Turn) -> None:
 
 
 def _settle_lockout(turn: Turn) -> None:
-    lockout = turn.state.lockout
-    if lockout is None or lockout.saved:
+    """Nobody came: SAVE where the trainer can, then STOP, so that no GPU burns all night."""
+    state, now = turn.state, turn.now
+    lockout, settings, trainer = state.lockout, state.settings, state.trainer
+    if lockout is None or lockout.stop or state.phase is Phase.SHADOW:
         return
-    if turn.now - lockout.since > turn.state.settings.locked_out_hold_s:
-        turn.state = replace(turn.state, lockout=replace(lockout, saved=True))
-        turn.note("action", lockout.reason, "nobody came: the trainer is told to save and stop")
+    if lockout.saving_since is not None:
+        if now - lockout.saving_since > settings.save_timeout_s or trainer.alive is False:
+            _stop_trainer(turn, "the trainer did not save in time, and is told to stop")
+    elif now - lockout.since > settings.locked_out_hold_s:
+        if trainer.handles_save and trainer.alive is not False:
+            generation = state.gate.generation + 1
+            saving = replace(lockout, save_generation=generation, saving_since=now)
+            turn.state = replace(state, lockout=saving)
+            turn.note("action", lockout.reason, "nobody came: the trainer is told to save, and then to stop")
+        else:
+            _stop_trainer(turn, "nobody came: the trainer is told to stop")
+
+
+def _saved(turn: Turn, event: OrderAcknowledged) -> None:
+    lockout = turn.state.lockout
+    if lockout is None or lockout.save_generation is None or event.generation < lockout.save_generation:
+        return
+    if event.ok:
+        _stop_trainer(turn, "the trainer saved, and is told to stop")
+    else:
+        _stop_trainer(turn, f"the trainer could not save ({event.detail}), and is told to stop")
+
+
+def _stop_trainer(turn: Turn, text: str) -> None:
+    lockout = turn.state.lockout
+    if lockout is not None and not lockout.stop:
+        turn.state = replace(turn.state, lockout=replace(lockout, stop=True))
+        turn.note("action", lockout.reason, text)
 
 
 def _settle_outage(turn: Turn) -> None:
@@ -689,6 +765,10 @@ def _settle_breaker(turn: Turn) -> None:
         _to(turn, Trigger.REPAIRED)
         if incident is not None:
             turn.note("resumed", incident.reason, "the trainer goes on, on probation")
+
+
+def _tripped(state: State, reason: Reason) -> bool:
+    return state.trip is not None and state.trip.reason is reason
 
 
 def _starting(state: State) -> bool:

@@ -24,7 +24,7 @@ from stepguard_grpo.ground_truth import TruthRecord
 
 from ..cli.output import say
 from .conduct import Plan, Progress
-from .faults import Fault, Scenario
+from .faults import Scenario
 from .outcome import Figures, as_expected
 
 WIDTH: Final = 80
@@ -70,7 +70,7 @@ class View:
             say(f"demo {self._scenario.fault.value}: {self._scenario.story}")
             say(f"expected: {self._scenario.expected}")
         else:
-            self._live = Live(self._draw(), console=self._console, refresh_per_second=8, screen=False)
+            self._live = Live(self._now(), console=self._console, refresh_per_second=8, transient=True)
             self._live.__enter__()
         return self
 
@@ -78,8 +78,8 @@ class View:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live is not None:
-            self._live.update(self._draw(), refresh=True)
             self._live.__exit__(kind, error, trace)
+            self._console.print(self._draw())
         if self._picture is not None and kind is None:
             self._save(self._picture)
 
@@ -98,16 +98,16 @@ class View:
             self._say(progress)
         self._refresh()
 
-    def conclude(self, fault_step: int | None, guarded: Figures, unguarded: Figures | None) -> None:
+    def conclude(self, guarded: Figures, unguarded: Figures | None) -> None:
         """Both runs are over: what they came to."""
-        self._outcome = _outcome(self._scenario, fault_step, guarded, unguarded)
+        self._outcome = _outcome(self._scenario, guarded, unguarded)
         if self._plain:
             self._console.print(self._outcome)
         self._refresh()
 
     def _refresh(self) -> None:
         if self._live is not None:
-            self._live.update(self._draw())
+            self._live.update(self._now())
 
     def _say(self, progress: Progress) -> None:
         for event in progress.events[self._said :]:
@@ -122,14 +122,24 @@ class View:
                 f"{'none' if reward is None else f'{reward:.2f}'}, {garbage} garbage steps"
             )
 
-    def _draw(self) -> Group:
-        head = Text.assemble(
+    def _now(self) -> Group:
+        """What fits a terminal of 24 rows: the run under way, and a line for the one before."""
+        before = [_summary(progress) for progress in self._runs[:-1]]
+        return Group(self._head(), *before, *[_panel(progress) for progress in self._runs[-1:]])
+
+    def _head(self) -> Text:
+        return Text.assemble(
             ("stepguard demo", "bold"),
             "  ",
             (self._scenario.fault.value, "bold cyan"),
             f"  {self._scenario.story}",
+            overflow="ellipsis",
+            no_wrap=True,
         )
-        parts: list[RenderableType] = [head]
+
+    def _draw(self) -> Group:
+        """Everything: both runs, and what they came to."""
+        parts: list[RenderableType] = [self._head()]
         parts.extend(_panel(progress) for progress in self._runs)
         if self._outcome is not None:
             parts.append(self._outcome)
@@ -144,6 +154,11 @@ class View:
 
 def _title(plan: Plan) -> str:
     return "with Stepguard" if plan.guarded else "without Stepguard"
+
+
+def _summary(progress: Progress) -> Text:
+    garbage = sum(record.garbage for record in progress.records)
+    return Text(f"{_title(progress.plan)}: {len(progress.records)} steps, {garbage} of them garbage", "dim")
 
 
 def _panel(progress: Progress) -> Panel:
@@ -234,9 +249,7 @@ def _cell(value: float | None, row: int) -> str:
     return _BLOCKS[max(lowest, min(8, round(filled * 8)))]
 
 
-def _outcome(
-    scenario: Scenario, fault_step: int | None, guarded: Figures, unguarded: Figures | None
-) -> RenderableType:
+def _outcome(scenario: Scenario, guarded: Figures, unguarded: Figures | None) -> RenderableType:
     table = Table(box=None, padding=(0, 2), show_edge=False)
     table.add_column("")
     table.add_column("with Stepguard", justify="right")
@@ -263,8 +276,7 @@ def _outcome(
         if not wrong
         else Text("not as expected: " + "; ".join(wrong), "bold red")
     )
-    when = "" if fault_step is None or scenario.fault is Fault.NONE else f"fault after step {fault_step}; "
-    return Group(Text(), table, Text(), Text(when, "dim").append_text(verdict))
+    return Group(Text(), table, Text(), verdict)
 
 
 def _form(form: str, value: object) -> str:
