@@ -8,7 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from senses.wandb_writer import WandbWriter
+
+pytestmark = pytest.mark.e2e
 
 COMMAND = [sys.executable, "-c", "from stepguard._command import main; main()", "stream"]
 

@@ -115,6 +115,7 @@ def test_a_run_is_read_alike_whoever_wrote_it(make, tmp_path):
 
 
 @pytest.mark.e2e
+@pytest.mark.e2e
 def test_a_real_run_is_seen_while_it_is_written_and_over_a_kill_and_a_resumption(tmp_path):
     """Rows arrive while the writer lives; SIGKILL leaves no exit record; the resumed run goes on."""
     command = [sys.executable, TRAINER, tmp_path, "abc", 0, 19, 0.1, "kill"]

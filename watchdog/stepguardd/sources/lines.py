@@ -88,8 +88,8 @@ class Lines:
         if skipped <= 0:
             return 0
         self._offset += skipped
-        self._overlong = True  # it now stands inside a line, the rest of which is no line
-        self._mark = b""
+        self._mark = os.pread(self._fd, 1, self._offset - 1)
+        self._overlong = self._mark != b"\n"  # inside of a line, the rest of which is no line
         self.dropped_bytes += skipped
         return skipped
 
