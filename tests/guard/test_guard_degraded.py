@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from guard.virtual_daemon import BOOT, LEASE_S, VirtualDaemon, VirtualTime, virtual_guard
-from stepguard.gate import GatePage, Order, Phase
+from stepguard.gate import SEQUENCE_WORD, GatePage, Order, Phase
 from stepguard.guard import Guard
 from stepguard.orders import StopRequested
 from stepguard.settings import GuardSettings
@@ -208,6 +208,9 @@ def test_a_heartbeat_notices_the_new_page_before_the_lease_of_the_old_one_ends(
     (first.run_dir / "gate").unlink()
     second = daemons(generation=10)
     second.order(Order.HOLD, "restarting")
+    while second.page.words[SEQUENCE_WORD] != first.page.words[SEQUENCE_WORD]:
+        min(first, second, key=lambda daemon: daemon.page.words[SEQUENCE_WORD]).tick()
+    guard.before_step(1)
     guard.beat()
     time.after(1, lambda: second.order(Order.GO))
     before = time.ns
@@ -257,6 +260,25 @@ def test_a_torn_page_never_stops_a_run_that_was_let_go(
     daemon.order(Order.STOP, "enough")
     with pytest.raises(StopRequested):
         guard.before_step(9)
+
+
+def test_an_order_that_arrives_late_behind_its_sequence_word_is_not_missed(
+    guards: Guards, daemon: VirtualDaemon, time: VirtualTime
+) -> None:
+    """As where memory is weakly ordered: the word that names the slot is seen before the slot."""
+    guard = guards()
+    guard.before_step(1)
+    daemon.order(Order.HOLD, "server_dead")
+    path = daemon.run_dir / "gate"
+    whole = path.read_bytes()
+    corrupt(path)
+    guard.before_step(2)
+    with path.open("r+b") as file:
+        file.write(whole[:2048])
+    time.after(5, lambda: daemon.order(Order.GO))
+    before = time.ns
+    guard.before_step(3)
+    assert (time.ns - before) / 1e9 >= 5
 
 
 @pytest.mark.parametrize(
