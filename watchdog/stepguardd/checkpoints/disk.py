@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -131,6 +132,19 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def fingerprint(path: Path) -> str:
+    """Names, sizes and times of everything under `path`, as one short text; the same for a faithful copy."""
+    digest = hashlib.sha256()
+    places = [path]
+    if path.is_dir() and not path.is_symlink():
+        places = sorted(Path(folder) / name for folder, _, files in os.walk(path) for name in files)
+    for place in places:
+        status = place.lstat()
+        line = f"{place.relative_to(path)}\0{status.st_size}\0{status.st_mtime_ns}\0"
+        digest.update(line.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

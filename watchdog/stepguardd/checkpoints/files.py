@@ -13,6 +13,7 @@ memory, without converting anything.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import zipfile
@@ -293,8 +294,14 @@ def _check_torch_zip(part: _Slice, reading: Reading) -> None:
 
 
 def _check_legacy(part: _Slice) -> None:
-    """Before torch 1.6: bare pickles. They are looked through for what they would run, and left unjudged."""
-    _refuse_dangerous(_read_contents(part.read(PICKLE_BYTES_MAX), ""))
+    """
+    Before torch 1.6: bare pickles in a row. They are looked through for what they would run, and left
+    unjudged.
+    """
+    stream = io.BytesIO(part.read(PICKLE_BYTES_MAX))
+    # A magic number, a version, the system, the object, and the keys of its storages.
+    for _ in range(5):
+        _refuse_dangerous(_read_contents(stream, ""))
     raise UnknownFileError("is in torch's old format (not a zip), which cannot be checked without running it")
 
 
@@ -318,7 +325,7 @@ def _read_torch_pickle(part: _Slice, entries: list[zipfile.ZipInfo], reading: Re
     return contents
 
 
-def _read_contents(data: bytes, prefix: str) -> Contents:
+def _read_contents(data: bytes | IO[bytes], prefix: str) -> Contents:
     try:
         return read_pickle(data)
     except PickleError as error:

@@ -389,6 +389,10 @@ def _recognise(root: Path) -> list[Layout]:
             found.append(layout)
     if not found and _step_folders(root, LAYOUTS[Framework.DCP]):
         found = [LAYOUTS[Framework.DCP]]
+    if not found:
+        # Everything may be gone but Stepguard's own copies, which lie there as they lay here.
+        pins = [root / PINNED / name for name in _directories(root / PINNED)]
+        found = _recognise(pins[-1]) if pins else []
     return found
 
 

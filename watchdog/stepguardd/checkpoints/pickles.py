@@ -13,7 +13,7 @@ from __future__ import annotations
 import pickletools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, Any
 
 # A .metadata of a very large sharded model has a few million operations; more is no metadata.
 OPERATIONS_MAX = 20_000_000
@@ -185,12 +185,12 @@ def dangerous(contents: Contents) -> str | None:
 _HARMLESS_DUNDERS = frozenset({"__newobj__", "__newobj_ex__"})
 
 
-def read_pickle(data: bytes) -> Contents:
+def read_pickle(data: bytes | IO[bytes]) -> Contents:
     """
     What the first pickle in `data` says.
 
     Args:
-        data: the bytes of a pickle of any protocol; what follows its STOP is not looked at.
+        data: a pickle of any protocol; what follows its STOP is not looked at, and a stream is left there.
 
     Raises:
         PickleError: malformed, or longer than any checkpoint's.

@@ -54,7 +54,8 @@ class Hands:
     """
     What a rollback works with: `at` is told each point that a crash could hit, `exchange` swaps two names.
 
-    A network file system often cannot exchange; then two renames do it, with a moment in which the slot is away.
+    A network file system often cannot exchange; then two renames do it, with a moment in which the slot is
+    away.
     """
 
     at: Failpoint = no_failpoint
@@ -88,11 +89,11 @@ class Move:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Swap:
-    """A slot's folder `live` and its replacement `other` change places. `inode` is that of `live` before."""
+    """A slot's folder `live` and its replacement `other` change places; `print` tells which was live."""
 
     live: str
     other: str
-    inode: int
+    print: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -409,7 +410,7 @@ def _from_pin(
         incoming = f"{home}/{live}"
         copies.append(Copy(source=part.path, target=incoming))
         if os.path.lexists(folder.root / live):
-            swaps.append(Swap(live=live, other=incoming, inode=(folder.root / live).lstat().st_ino))
+            swaps.append(Swap(live=live, other=incoming, print=disk.fingerprint(folder.root / live)))
         else:
             restores.append(Move(source=incoming, target=live, step=chosen.step))
     return tuple(swaps), tuple(restores), tuple(copies)
@@ -424,15 +425,19 @@ def _make_copies(root: Path, plan: Plan) -> None:
 
 
 def _swap(root: Path, swap: Swap, hands: Hands, point: str, *, forward: bool) -> None:
-    """Exchange once: whether it has been done already is read off the inode."""
+    """Exchange once: whether it has been done already is read off the two folders."""
     live, other, between = root / swap.live, root / swap.other, root / f"{swap.other}.old"
     if os.path.lexists(between):
         # Two renames, and a crash between them: `live` is away, or the new one is already there.
         if not os.path.lexists(live):
             disk.move(other, live)
         disk.move(between, other)
-    is_original = live.lstat().st_ino == swap.inode
-    if is_original != forward:
+    in_place = disk.fingerprint(live) == swap.print
+    if not in_place and disk.fingerprint(other) != swap.print:
+        raise RollbackError(
+            f"neither {live} nor {other} is as it was: move what you want to keep to {live} by hand"
+        )
+    if in_place != forward:
         return
     if not hands.exchange(live, other):
         disk.move(live, between)
