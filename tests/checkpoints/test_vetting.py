@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import psutil
@@ -162,13 +161,17 @@ def test_a_link_out_of_the_folder_is_not_followed(a_run, tmp_path: Path) -> None
     assert (vetting.verdict, vetting.finding) == (Verdict.UNKNOWN, Finding.LINK)
 
 
-def test_the_pace_keeps_to_its_limit(capsys: pytest.CaptureFixture[str]) -> None:
-    """A limit of 1 GiB/s over 64 MiB takes at least a sixteenth of a second, and tells on the way."""
-    pace = _Pace(1 << 30)
-    started = time.monotonic()
+def test_the_pace_keeps_to_its_limit_and_tells_on_the_way(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        assert 0 < seconds <= 1.0
+        now[0] += seconds
+
+    pace = _Pace(1 << 20, now=lambda: now[0], sleep=sleep)
     for _ in range(64):
-        pace.spent(1 << 20)
-    assert time.monotonic() - started >= 64 / 1024 * 0.99
-    unlimited = _Pace(None)
-    unlimited.spent(1 << 40)
-    assert "verdict" not in capsys.readouterr().out
+        pace.spent(1 << 18)
+    assert now[0] == pytest.approx(16.0)
+    assert capsys.readouterr().out.count("read_bytes") == 64
+    _Pace(None, now=lambda: now[0], sleep=sleep).spent(1 << 40)
+    assert now[0] == pytest.approx(16.0)

@@ -176,9 +176,15 @@ def _changed(listing: Listing) -> str | None:
 class _Pace:
     """Counts what was read, tells the parent now and then, and sleeps where a bandwidth limit asks for it."""
 
-    def __init__(self, bytes_per_s: int | None, now: Callable[[], float] = clock.monotonic) -> None:
+    def __init__(
+        self,
+        bytes_per_s: int | None,
+        now: Callable[[], float] = clock.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self._rate = bytes_per_s
         self._now = now
+        self._sleep = sleep
         self._started = self._told = now()
         self._total = 0
 
@@ -188,7 +194,7 @@ class _Pace:
         if self._rate is not None:
             due = self._started + self._total / self._rate
             while now < due:
-                time.sleep(min(due - now, SLEEP_MAX_S))
+                self._sleep(min(due - now, SLEEP_MAX_S))
                 now = self._now()
                 self._tell(now)
         self._tell(now)
