@@ -9,6 +9,7 @@ import typer
 
 from stepguardd.cli.output import fail, print_json, say
 from stepguardd.config import ConfigError, load_config
+from stepguardd.config.loading import parse_assignments
 from stepguardd.control.server import ControlSocketError
 from stepguardd.daemon import Daemon, DaemonError
 
@@ -16,6 +17,10 @@ from stepguardd.daemon import Daemon, DaemonError
 def run(
     config: Annotated[
         Path | None, typer.Option("--config", help="The config file; without one, defaults and environment.")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting, over file and environment; repeatable."),
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Also log what is only of interest.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object once it is ready.")] = False,
@@ -32,7 +37,7 @@ def run(
     for noisy in ("httpx", "httpcore", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        settings = load_config(config)
+        settings = load_config(config, parse_assignments(assignments or []))
     except ConfigError as error:
         fail(str(error))
     daemon = Daemon(settings)
