@@ -18,6 +18,8 @@ from .state import Server, ServerState, Settings, Trainer
 
 FAILED_PROBES = 3
 STALE_PROBES = 2
+BUSY_CORES = 0.1
+VITAL_ROLES = frozenset({"server", "scheduler", "detokenizer", "data_parallel"})
 
 
 class Remedy(Enum):
@@ -42,37 +44,65 @@ Judged = tuple[Server, Suspicion | None]
 
 
 def tree_seen(server: Server, procs: tuple[Proc, ...]) -> Judged:
-    """The live processes of a server: none where there were some is a death nobody saw."""
-    had, server = server.procs, replace(server, procs=procs, seen=True)
-    if procs:
-        back = server.state is ServerState.DEAD and server.repair is None
-        return server, Suspicion(reason=Reason.SERVER_RETURNED, remedy=Remedy.VERIFY) if back else None
-    if had and server.state is not ServerState.DEAD:
+    """
+    The live processes of a server.
+
+    One of the vital ones missing is a death that nobody saw; none of the old ones left is another server.
+    What remains of a dead server's tree is not its return.
+    """
+    had = server.procs
+    kept = {_identity(known) for known in had} & {_identity(known) for known in procs}
+    server = replace(server, procs=procs, seen=server.seen or server.managed or bool(procs))
+    if procs and not kept and (had or server.state is ServerState.DEAD):
+        return server, Suspicion(reason=Reason.SERVER_RETURNED, remedy=Remedy.VERIFY)
+    lost = any(_vital(known, had) and _identity(known) not in kept for known in had)
+    if lost and server.state is not ServerState.DEAD:
         return server, Suspicion(reason=Reason.SERVER_DIED, remedy=Remedy.RESTART)
     return server, None
 
 
+def _vital(known: Proc, tree: tuple[Proc, ...]) -> bool:
+    """Whether a server ends with this process. Compilers and trackers come and go."""
+    return known.role in VITAL_ROLES or _identity(known) == _identity(tree[0])
+
+
+def _identity(known: Proc) -> tuple[int, int]:
+    return known.pid, known.start_ticks
+
+
 def process_exited(server: Server, event: ProcessExited) -> Judged:
     """
-    One process of the tree is gone, and with it the server.
+    One process of the tree is gone, and with it the server, unless it was a helper.
 
     SGLang's parent outlives a dead child by 5 to 67 s as a black hole; nothing is gained by waiting for it.
     The dead process stays in `procs`, for the stop to see it gone.
     """
-    if event.proc not in server.procs:
+    ended = _identity(event.proc)
+    found = next((known for known in server.procs if _identity(known) == ended), None)
+    if found is None:
         return server, None
+    if not _vital(found, server.procs):
+        return replace(server, procs=tuple(known for known in server.procs if known is not found)), None
     return server, Suspicion(reason=Reason.SERVER_DIED, remedy=Remedy.RESTART)
 
 
 def sampled(server: Server, event: TreeSampled, now: float) -> Judged:
-    """Stopped in two samples running is stopped; a debugger's short stop is not."""
+    """
+    Stopped in two samples running is stopped; a debugger's short stop is not.
+
+    Busy is a rate: a parent that answers probes uses some CPU also while its scheduler is in deadlock.
+    CPU time that went down is another set of processes, and says nothing.
+    """
     lasting = set(event.stopped) & set(server.stopped)
-    moved = server.cpu_s is None or event.cpu_s - server.cpu_s >= 0.02
+    used_s = None if server.cpu_s is None else event.cpu_s - server.cpu_s
+    over_s = 0.0 if server.sampled_at is None else now - server.sampled_at
+    idle = used_s is not None and 0.0 <= used_s < BUSY_CORES * over_s
     server = replace(
         server,
         stopped=event.stopped,
-        cpu_s=event.cpu_s if moved else server.cpu_s,
-        cpu_at=now if moved else server.cpu_at,
+        cpu_s=event.cpu_s,
+        sampled_at=now,
+        busy_at=server.busy_at if idle else now,
     )
     if lasting:
         return server, Suspicion(reason=Reason.SERVER_STOPPED, remedy=Remedy.CONTINUE)
@@ -87,7 +117,7 @@ def probed(server: Server, event: ServerProbed, trainer: Trainer, settings: Sett
     idle = event.running == 0
     server = replace(
         server,
-        seen=True,
+        seen=server.seen or event.model_info is Answer.OK or server.failed_probes + failed >= FAILED_PROBES,
         failed_probes=server.failed_probes + 1 if failed else 0,
         running=event.running,
         tokens=event.tokens,
@@ -95,9 +125,21 @@ def probed(server: Server, event: ServerProbed, trainer: Trainer, settings: Sett
         weight_version=event.weight_version if event.model_info is Answer.OK else server.weight_version,
     )
     server = _planned(server, event, now)
-    if server.failed_probes >= FAILED_PROBES:
-        return server, Suspicion(reason=Reason.SERVER_UNREACHABLE, remedy=Remedy.WATCH)
+    if server.failed_probes >= FAILED_PROBES and not _excused(server, answers):
+        return server, _unreachable(server)
     return _stale(server, trainer, settings, now)
+
+
+def _excused(server: Server, answers: tuple[Answer, ...]) -> bool:
+    """A weight update or an offload may block the parent for a while; a closed port is no such thing."""
+    return server.state is ServerState.PLANNED and Answer.REFUSED not in answers
+
+
+def _unreachable(server: Server) -> Suspicion:
+    """A server that nobody has seen serve yet is loading its model, until its start takes too long."""
+    if server.state is ServerState.STARTING and server.repair is None:
+        return Suspicion(reason=Reason.SERVER_STARTING, remedy=Remedy.VERIFY)
+    return Suspicion(reason=Reason.SERVER_UNREACHABLE, remedy=Remedy.WATCH)
 
 
 def _planned(server: Server, event: ServerProbed, now: float) -> Server:
@@ -150,7 +192,7 @@ def ticked(server: Server, settings: Settings, now: float) -> Judged:
     if server.state is not ServerState.SERVING or not server.running or server.tokens_at is None:
         return server, None
     still_s = now - server.tokens_at
-    idle_s = 0.0 if server.cpu_at is None else now - server.cpu_at
+    idle_s = 0.0 if server.busy_at is None else now - server.busy_at
     if min(still_s, idle_s) > settings.deadlock_after_s:
         return server, Suspicion(reason=Reason.SERVER_HUNG, remedy=Remedy.WATCH)
     if still_s > settings.spin_after_s:

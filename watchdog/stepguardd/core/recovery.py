@@ -21,6 +21,11 @@ from .reasons import Reason
 from .state import Lockout, Mode, Repair, Server, ServerState, Stage
 from .turn import Turn
 
+_ALIVE = frozenset(
+    {ServerState.STARTING, ServerState.SERVING, ServerState.SUSPECT, ServerState.PLANNED, ServerState.STALE}
+)
+_SOFT = frozenset({Stage.CONTINUE, Stage.WATCH, Stage.CANARY, Stage.WEIGHTS})
+
 
 def suspect(turn: Turn, server: Server, suspicion: Suspicion) -> None:
     """Act on a suspicion, unless the repair under way already covers it."""
@@ -34,17 +39,18 @@ def suspect(turn: Turn, server: Server, suspicion: Suspicion) -> None:
             if server.repair is None and server.state is not ServerState.DEAD:
                 _enter(turn, server, suspicion.reason, Stage.WATCH, ServerState.SUSPECT)
         case Remedy.RESYNC:
-            if server.repair is None:
+            if server.repair is None and server.state in _ALIVE:
                 _weights(turn, _begun(turn, server, suspicion.reason, Stage.WEIGHTS, ServerState.STALE))
         case Remedy.VERIFY:
-            if server.repair is None:
-                server = server if server.state is not ServerState.DEAD else _returned(turn, server)
-                _enter(turn, server, suspicion.reason, Stage.READY, server.state)
+            if server.repair is None or server.repair.stage in _SOFT:
+                server = _returned(turn, server, suspicion.reason)
+                _enter(turn, server, suspicion.reason, Stage.READY, ServerState.STARTING)
 
 
 def verify(turn: Turn, server: Server, reason: Reason) -> None:
     """Look at a server that nothing speaks against: does it generate, with the right weights?"""
-    if server.repair is None and server.state in {ServerState.SERVING, ServerState.SUSPECT}:
+    states = {ServerState.STARTING, ServerState.SERVING, ServerState.SUSPECT}
+    if server.repair is None and server.state in states:
         _canary(turn, _begun(turn, server, reason, Stage.CANARY, ServerState.SUSPECT))
 
 
@@ -82,20 +88,36 @@ def restart(turn: Turn, server: Server, reason: Reason) -> None:
 
 
 def lock_out(turn: Turn, server: Server | None, reason: Reason) -> None:
-    """Nothing is left to try: hold, and call a person."""
+    """
+    Nothing is left to try: hold, and call a person.
+
+    A server that was being started counts as dead from here: without a repair nobody would prove it.
+    """
     if server is not None:
-        turn.put(replace(server, repair=None))
+        server = replace(server, repair=None)
+        if server.state in {ServerState.STARTING, ServerState.RESTARTING}:
+            server = server.move(ServerState.DEAD, turn.now, reason)
+        turn.put(server)
     if turn.state.lockout is None:
         turn.state = replace(turn.state, lockout=Lockout(reason=reason, since=turn.now))
         turn.note("locked_out", reason, f"locked out: {reason.value}; a person has to decide")
 
 
 def accept(turn: Turn, server: Server) -> None:
-    """A person takes a server as it is: alive, whatever speaks against it."""
-    soft = {Stage.CONTINUE, Stage.WATCH, Stage.CANARY, Stage.WEIGHTS}
+    """
+    A person lets go: a server that lives is taken as it is, whatever speaks against it.
+
+    A dead one gets a new budget where the daemon may restart it, and is named where it may not.
+    """
     alive = server.state in {ServerState.SUSPECT, ServerState.STALE}
-    if alive and (server.repair is None or server.repair.stage in soft):
+    if alive and (server.repair is None or server.repair.stage in _SOFT):
         turn.put(replace(server, repair=None).move(ServerState.SERVING, turn.now, None))
+    elif server.state is ServerState.DEAD and server.repair is None and server.managed:
+        reason = server.reason or Reason.SERVER_DIED
+        if turn.may_act(reason):
+            restart(turn, replace(server, budget=budget.Budget()), reason)
+        else:
+            turn.note("call", reason, f"{server.name} is dead: stepguard restart-server {server.name}")
 
 
 def effect_ended(turn: Turn, server: Server, event: EffectEnded) -> None:
@@ -179,14 +201,49 @@ def ticked(turn: Turn, server: Server) -> None:
                 _failed(turn, server, Reason.START_FAILED)
         case Stage.CANARY:
             if repair.intent is None:
-                _canary(turn, server)
+                if _again(turn, repair):
+                    _canary(turn, server)
             elif waited_s > 2 * settings.canary_timeout_s:
                 _failed(turn, server, Reason.CANARY_FAILED)
         case Stage.WEIGHTS:
-            if waited_s > settings.resync_timeout_s and turn.may_act(repair.cause):
-                lock_out(turn, server, Reason.WEIGHTS_UNPROVEN)
-            elif repair.intent is None and repair.resync_generation is None:
-                _weights(turn, server)
+            _weights_wait(turn, server, repair)
+
+
+def _again(turn: Turn, repair: Repair) -> bool:
+    """Whether what failed may be tried again now."""
+    return repair.again_at is None or turn.now >= repair.again_at
+
+
+def _weights_wait(turn: Turn, server: Server, repair: Repair) -> None:
+    """
+    Proving the weights takes its time, and no longer.
+
+    A trainer that was asked can answer in a guard call alone: one in a long step or rollout is told of to a
+    person, and not locked out for that.
+    """
+    settings, trainer = turn.state.settings, turn.state.trainer
+    nobody = trainer.alive is False or turn.state.mode is Mode.SHADOW
+    if repair.resync_generation is not None and nobody:
+        repair = replace(repair, resync_generation=None)
+        server = replace(server, repair=repair)
+        turn.put(server)
+    since = repair.since
+    if repair.resync_generation is not None and trainer.phase == "HELD":
+        since = max(since, trainer.phase_at or since)
+    late = turn.now - since > settings.resync_timeout_s
+    if late and turn.may_act(repair.cause):
+        if repair.resync_generation is None or trainer.phase == "HELD":
+            lock_out(turn, server, Reason.WEIGHTS_UNPROVEN)
+            return
+        if not repair.called:
+            turn.put(replace(server, repair=replace(repair, called=True)))
+            turn.note(
+                "call",
+                Reason.WEIGHTS_UNPROVEN,
+                f"{server.name} waits for a RESYNC; the trainer, in {trainer.phase}, asks for no order",
+            )
+    elif _again(turn, repair):
+        _weights(turn, server)
 
 
 def _died(turn: Turn, server: Server, reason: Reason) -> None:
@@ -250,11 +307,29 @@ def _enter(turn: Turn, server: Server, reason: Reason, stage: Stage, to: ServerS
     _begun(turn, server, reason, stage, to)
 
 
-def _returned(turn: Turn, server: Server) -> Server:
-    """A dead server has a process again: nothing that was known of the old one holds for it."""
+def _returned(turn: Turn, server: Server, reason: Reason) -> Server:
+    """Another server where the old one was: nothing that was known of the old one holds for it."""
+    server = _unknown(server)
+    if server.state not in {ServerState.STARTING, ServerState.DEAD}:
+        server = server.move(ServerState.DEAD, turn.now, reason)
+    return server.move(ServerState.STARTING, turn.now, reason)
+
+
+def _unknown(server: Server) -> Server:
+    """The server without what was read of a process that is gone."""
     return replace(
-        server, weight_version=None, failed_probes=0, running=None, tokens=None, tokens_at=None, stopped=()
-    ).move(ServerState.STARTING, turn.now, Reason.SERVER_RETURNED)
+        server,
+        weight_version=None,
+        failed_probes=0,
+        stale_probes=0,
+        running=None,
+        tokens=None,
+        tokens_at=None,
+        stopped=(),
+        cpu_s=None,
+        sampled_at=None,
+        busy_at=None,
+    )
 
 
 def _wait_s(turn: Turn, server: Server) -> float:
@@ -286,17 +361,7 @@ def _start(turn: Turn, server: Server) -> None:
     assert server.repair is not None
     intent = turn.intent("start")
     repair = replace(server.repair, stage=Stage.START, since=turn.now, intent=intent)
-    server = replace(
-        server,
-        repair=repair,
-        weight_version=None,
-        failed_probes=0,
-        running=None,
-        tokens=None,
-        tokens_at=None,
-        stopped=(),
-    )
-    turn.put(server)
+    turn.put(replace(_unknown(server), repair=repair))
     turn.commands.append(StartServer(intent=intent, server=server.name))
 
 
@@ -332,8 +397,9 @@ def _canary_ended(turn: Turn, server: Server, repair: Repair, event: EffectEnded
         _weights(turn, _begun(turn, server, repair.cause, Stage.WEIGHTS, to))
         return
     if turn.now - repair.since < max(settings.canary_timeout_s, settings.kill_after_s):
-        # Not yet lasting: the next tick sends another.
-        turn.put(replace(server, repair=replace(repair, intent=None)))
+        # Not yet lasting: a tick soon sends another.
+        again_at = turn.now + settings.interval_s
+        turn.put(replace(server, repair=replace(repair, intent=None, again_at=again_at)))
         return
     turn.note("action", Reason.CANARY_FAILED, f"{server.name} does not generate: {event.detail}")
     _failed(turn, server, Reason.CANARY_FAILED)
@@ -359,20 +425,26 @@ def _weights(turn: Turn, server: Server) -> None:
     assert repair is not None
     if repair.intent is not None or repair.resync_generation is not None:
         return
-    if trainer.pid is None or trainer.alive is False:
-        _serve(turn, server)  # nobody holds weights yet: the trainer pushes its own when it starts
+    nobody = trainer.pid is None or trainer.alive is False
+    unannounced = repair.cause is Reason.SERVER_STARTING and trainer.weight_version is None
+    if settings.weights_fixed or nobody or unannounced:
+        _serve(turn, server)  # nobody holds other weights yet: the trainer pushes its own when it starts
         return
     known = server.weight_version is not None and trainer.weight_version is not None
     if known and current(server.weight_version, trainer.weight_version, settings.max_staleness):
         _serve(turn, server)
         return
     if turn.state.mode is Mode.SHADOW:
+        if not known:
+            _serve(turn, server)  # nothing more can be learned by looking on
         return
-    if settings.push_weights and trainer.weight_version is not None:
+    push = settings.push_weights and trainer.weight_version is not None
+    if push and not (repair.push_failed and trainer.handles_resync) and _again(turn, repair):
+        assert trainer.weight_version is not None
         intent = turn.intent("push")
-        turn.put(replace(server, repair=replace(repair, intent=intent)))
+        turn.put(replace(server, repair=replace(repair, intent=intent, pushing=trainer.weight_version)))
         turn.commands.append(PushWeights(intent=intent, server=server.name, version=trainer.weight_version))
-    elif trainer.handles_resync and not _just_resynced(turn, repair):
+    elif trainer.handles_resync and (not push or repair.push_failed) and not _just_resynced(turn, repair):
         generation = turn.state.gate.generation + 1
         turn.put(replace(server, repair=replace(repair, resync_generation=generation)))
 
@@ -384,13 +456,24 @@ def _just_resynced(turn: Turn, repair: Repair) -> bool:
 
 
 def _push_ended(turn: Turn, server: Server, repair: Repair, event: EffectEnded) -> None:
-    repair = replace(repair, intent=None, changed=repair.changed or event.ok)
+    repair = replace(
+        repair,
+        intent=None,
+        changed=repair.changed or event.ok,
+        push_failed=not event.ok,
+        again_at=None if event.ok else turn.now + turn.state.settings.interval_s,
+    )
     server = replace(server, repair=repair)
     turn.put(server)
-    if event.ok:
+    if not event.ok:
+        if not repair.called:
+            turn.put(replace(server, repair=replace(repair, called=True)))
+            turn.note("call", repair.cause, f"weights of {server.name} could not be pushed: {event.detail}")
+    else:
         turn.count("resyncs")
         turn.note("action", repair.cause, f"weights of {server.name} pushed from disk: {event.detail}")
-        _serve(turn, replace(server, weight_version=turn.state.trainer.weight_version))
+        # The trainer may have gone on meanwhile, where other servers serve it: then these are old already.
+        _weights(turn, replace(server, weight_version=repair.pushing))
 
 
 def _serve(turn: Turn, server: Server) -> None:

@@ -102,9 +102,12 @@ class Settings:
     cont_grace_s: float = 3.0
     locked_out_hold_s: float = 1800.0
     resync_timeout_s: float = 120.0
+    save_timeout_s: float = 600.0
     start_timeout_s: float = 600.0
     stop_timeout_s: float = 20.0
     push_weights: bool = False
+    weights_fixed: bool = False
+    mode: Mode = Mode.HOLD
     reward: RewardConfig = field(default_factory=RewardConfig)
 
 
@@ -115,6 +118,7 @@ class Repair:
 
     `changed` tells whether anything was in fact repaired, so that a trip can be laid at this server's door.
     `restarts` tells whether this repair restarts the server, or only looks and re-syncs.
+    An effect that failed and may be tried again is, but not before `again_at`.
     """
 
     cause: Reason
@@ -124,6 +128,10 @@ class Repair:
     intent: str | None = None
     resync_generation: int | None = None
     resynced_at: float | None = None
+    again_at: float | None = None
+    pushing: str | None = None
+    push_failed: bool = False
+    called: bool = False
     changed: bool = False
     restarts: bool = False
 
@@ -148,7 +156,8 @@ class Server:
     tokens: int | None = None
     tokens_at: float | None = None
     cpu_s: float | None = None
-    cpu_at: float | None = None
+    sampled_at: float | None = None
+    busy_at: float | None = None
     stale_probes: int = 0
     failed_probes: int = 0
 
@@ -176,6 +185,7 @@ class Trainer:
     attempt: int = 0
     step: int | None = None
     phase: str = "UNKNOWN"
+    phase_at: float | None = None
     beats: int = 0
     beats_at: float | None = None
     progress: int = 0
@@ -228,11 +238,17 @@ class Pause:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lockout:
-    """No remedy is left: held until a person decides."""
+    """
+    No remedy is left: held until a person decides.
+
+    When nobody comes the trainer is told to save, under `save_generation`, and then to stop.
+    """
 
     reason: Reason
     since: float
-    saved: bool = False
+    save_generation: int | None = None
+    saving_since: float | None = None
+    stop: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,13 +1,14 @@
 """
 What a healthy step looks like: its level, its noise, and how likely a value is.
 
-Two models. Rewards that are shares of n rollouts (0/1 rewards) are Beta-binomial: the over-dispersion is estimated,
-because 32 rollouts may be 4 prompts that succeed or fail together. All others have a location and a robust scale and
-Student's t with 8 degrees of freedom. Which one holds is learned from the granularity of the values.
+Two models. Rewards that are shares of n rollouts (0/1 rewards) are Beta-binomial: the over-dispersion is
+estimated, because 32 rollouts may be 4 prompts that succeed or fail together. All others have a location and
+a robust scale and Student's t with 8 degrees of freedom. Which one holds is learned from the granularity of
+the values.
 
-Promises: only values that no test suspects get in; a climb is followed within a few steps and a fall slowly, so that
-a lag makes the tests blinder, never trigger-happy. It does not promise a model for rewards that jump between several
-healthy levels.
+Promises: only values that no test suspects get in; a climb is followed within a few steps and a fall slowly,
+so that a lag makes the tests blinder, never trigger-happy. It does not promise a model for rewards that jump
+between several healthy levels.
 """
 
 from __future__ import annotations
@@ -77,9 +78,10 @@ def model_of(config: RewardConfig, baseline: Baseline, learned: Learned, ok: int
         n = float(ok or baseline.rollouts)
         least = 0.5 / (n * weight)
         p = baseline.level
-        p = least if p < least else 1 - least if p > 1 - least else p
+        p = max(least, min(p, 1 - least))
         sigma = sqrt(p * (1 - p) / n * baseline.noise)
-        # One standard error below, on the scale of the logarithm: where successes are rare the error is relative.
+        # One standard error below, on the scale of the logarithm: where successes are rare the error is
+        # relative.
         error = sigma / (sqrt(weight) * p)
         low = p / (1 + error + 0.5 * error * error)
         near = p / (1 + 0.5 * error)
@@ -98,7 +100,8 @@ def model_of(config: RewardConfig, baseline: Baseline, learned: Learned, ok: int
 
 def is_calm(baseline: Baseline, value: float) -> bool:
     """
-    Whether no test can have anything against a value: so near its level, or above it, that each one's evidence shrinks.
+    Whether no test can have anything against a value: so near its level, or above it, that each one's
+    evidence shrinks.
 
     A shortcut, not a decision: for a calm value every sum falls, and no run begins.
     """
@@ -111,7 +114,7 @@ def is_calm(baseline: Baseline, value: float) -> bool:
 
 
 def log_constant(model: Model, level: float, value: float) -> float:
-    """The log-probability that a batch at `level` scores exactly `value`, for values at or far below that level."""
+    """The log-probability that a batch at `level` scores exactly `value`, which is not far above it."""
     if model.shares:
         return _log_beta_binomial(model, min(max(level, 1e-9), 1 - 1e-9), value)
     z = (value - level) / model.sigma
@@ -147,7 +150,7 @@ def absorb(config: RewardConfig, baseline: Baseline, value: float, suspicious: b
     square = innovation * innovation * _FAST_CORRECTION
     if n:
         edge = 0.5 / n
-        p = edge if fast < edge else 1 - edge if fast > 1 - edge else fast
+        p = max(edge, min(fast, 1 - edge))
         square *= n / (p * (1 - p))
     if square > 16.0 * noise and noise_weight >= 8.0:
         square = 16.0 * noise  # an outlier counts as four sigmas
@@ -275,7 +278,7 @@ def _learn_grid(
 
 
 def _check_named(baseline: Baseline, learned: Learned, value: float, named: int) -> tuple[Baseline, Learned]:
-    """The number of rollouts is told (it may change from step to step): are the values shares of it at all?"""
+    """The number of rollouts is told (and may change): are the values shares of it at all?"""
     decimals = max(learned.decimals, _decimals(value))
     slack = max(named * 0.51 * 10.0**-decimals, named * 2e-7, 0.01)
     off_grid = not 0.0 <= value <= 1.0 or abs(value * named - round(value * named)) > slack
@@ -287,7 +290,7 @@ def _check_named(baseline: Baseline, learned: Learned, value: float, named: int)
 
 
 def _with_rollouts(baseline: Baseline, rollouts: int) -> Baseline:
-    """The baseline under another model of its noise; what was learned about the noise starts anew from a prior."""
+    """The baseline under another model of its noise, which is learned anew from a prior."""
     if rollouts == baseline.rollouts:
         return baseline
     if rollouts:

@@ -1,11 +1,12 @@
 """
 The reward falls: how much, since when, to what, and is it still falling?
 
-Four cumulative sums of log-likelihood ratios (Page's CUSUM) against named alternatives: half of the reward gone, a
-quarter gone, back at the run's starting level, and next to nothing left. For each, the expected time between false
-alarms on a healthy stream is at least the exponential of its threshold (Lorden). Their healthy hypothesis is the
-cautious end of the baseline, so a lag of the baseline costs delay, not false alarms, and a wobble of less than about
-an eighth never adds up. The fourth takes every legitimate switch as healthy and therefore may hold on its own.
+Four cumulative sums of log-likelihood ratios (Page's CUSUM) against named alternatives: half of the reward
+gone, a quarter gone, back at the run's starting level, and next to nothing left. For each, the expected time
+between false alarms on a healthy stream is at least the exponential of its threshold (Lorden). Their healthy
+hypothesis is the cautious end of the baseline, so a lag of the baseline costs delay, not false alarms, and a
+wobble of less than about an eighth never adds up. The fourth takes every legitimate switch as healthy and
+therefore may hold on its own.
 
 The onset is the maximum-likelihood change point over the values since the suspicion began.
 """
@@ -66,10 +67,10 @@ def after(
         if start is not None:
             back += student_nats(z, (model.level - start) / sigma)
     top = config.hold_nats * 1.5  # no higher, or the end of a fall would be noticed late
-    half = 0.0 if half < 0.0 else top if half > top else half
-    quarter = 0.0 if quarter < 0.0 else top if quarter > top else quarter
-    near = 0.0 if near < 0.0 else top if near > top else near
-    back = 0.0 if back < 0.0 or start is None else top if back > top else back
+    half = max(0.0, min(half, top))
+    quarter = max(0.0, min(quarter, top))
+    near = max(0.0, min(near, top))
+    back = max(0.0, min(back, top)) if start is not None else 0.0
     if half == quarter == near == back == 0.0:
         return None
     if len(tail) >= _TAIL:
@@ -107,14 +108,13 @@ class Segment(NamedTuple):
 
 def onset_of(model: Model, tail: tuple[tuple[int, float], ...]) -> int:
     """The index in the tail at which the change most likely happened, whatever the level after it."""
-    best, index, total, count = -1.0, len(tail) - 1, 0.0, 0
-    for i in range(len(tail) - 1, -1, -1):
-        total += tail[i][1]
-        count += 1
-        gain = count * _divergence(model, total / count)
+    best, begin, total = -1.0, len(tail) - 1, 0.0
+    for size, (_, value) in enumerate(reversed(tail), start=1):
+        total += value
+        gain = size * _divergence(model, total / size)
         if gain > best:
-            best, index = gain, i
-    return index
+            best, begin = gain, len(tail) - size
+    return begin
 
 
 def _divergence(model: Model, level: float) -> float:
@@ -129,7 +129,7 @@ def _divergence(model: Model, level: float) -> float:
 
 
 def segment(model: Model, tail: tuple[tuple[int, float], ...]) -> Segment:
-    """The values since the most likely onset: level, trend, and where the fall began. The tail must not be empty."""
+    """The values since the most likely onset: level, trend, where it began. The tail is not empty."""
     values = tail[onset_of(model, tail) :]
     count = len(values)
     mean = sum(v for _, v in values) / count
@@ -156,8 +156,8 @@ def _variance(model: Model, level: float) -> float:
 
 def start_odds(model: Model, part: Segment, start: float, start_n: int) -> float:
     """
-    How much better "exactly the starting level" explains the segment than "some level on the way down" (a Bayes
-    factor, with every level between floor and baseline equally likely under the latter).
+    How much better "exactly the starting level" explains the segment than "some level on the way down" (a
+    Bayes factor, with every level between floor and baseline equally likely under the latter).
     """
     error = sqrt(_variance(model, start) * (1 / part.steps + 1 / start_n))
     z = (part.level - start) / error

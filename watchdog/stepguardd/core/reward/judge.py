@@ -1,13 +1,14 @@
 """
 The judgement on one observation after another: OK, a warning, or hold this batch.
 
-Pure: no clock, no I/O, no randomness, no logging. The order of the questions is the order of their weight. Not a
-number at all? Then: is it a constant where none belongs, next to nothing, the starting level, a fall that a second
-witness confirms, or one that goes on and on? Each of these holds. A fall that settles at a new level is a warning,
-with a grace in which a hold needs a second witness; after it the new level is accepted.
+Pure: no clock, no I/O, no randomness, no logging. The order of the questions is the order of their weight.
+Not a number at all? Then: is it a constant where none belongs, next to nothing, the starting level, a fall
+that a second witness confirms, or one that goes on and on? Each of these holds. A fall that settles at a new
+level is a warning, with a grace in which a hold needs a second witness; after it the new level is accepted.
 
-A held or refused observation never enters the baseline. After a hold the judgement stays tripped until the stream is
-back at the baseline from before the incident; a new attempt (rollback, relaunch) or `acknowledge` ends it as well.
+A held or refused observation never enters the baseline. After a hold the judgement stays tripped until the
+stream is back at the baseline from before the incident; a new attempt (rollback, relaunch) or `acknowledge`
+ends it as well.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def observe(config: RewardConfig, state: RewardState, seen: Observation) -> tupl
     Args:
         config: the settings; the same in every call on one state.
         state: from `start` or the last call.
-        seen: the observation. A step that goes back, or an attempt that grew, is a restart from an older checkpoint.
+        seen: the observation. A step that goes back, or another attempt, is a restart from an older checkpoint.
 
     """
     attempt, step, value, _, failed, spread, metrics, marks = seen
@@ -128,7 +129,7 @@ def silence(config: RewardConfig, quiet_s: float) -> Verdict | None:
 
 
 def acknowledge(state: RewardState) -> RewardState:
-    """The state after a person said that the present level is right: it is the baseline, and nothing is open."""
+    """The state after a person said that the present level is right: it is the baseline."""
     baseline = release(state.baseline)
     if state.trip is not None and state.trip.level is not None:
         baseline = adopt(baseline, state.trip.level, 4.0)
@@ -139,7 +140,7 @@ def acknowledge(state: RewardState) -> RewardState:
 
 
 def _restarted(state: RewardState, seen: Observation) -> RewardState:
-    """Back at an older step: the level that the run had there is the baseline; no suspicion is carried over."""
+    """Back at an older step: its level then is the baseline; no suspicion is carried over."""
     baseline, learned = release(state.baseline), state.learned
     level = level_at(learned, seen.step)
     if level is not None and state.step is not None and seen.step < state.step:
@@ -251,7 +252,7 @@ def _is_streak(config: RewardConfig, zeros: int) -> bool:
 
 
 def _start_level(model: Model, learned: Learned) -> float | None:
-    """The run's starting level, where a return to it would be a fall of more than an eighth and more than noise."""
+    """The run's starting level, where a return to it would be a real fall and more than noise."""
     if learned.start_n < 5:
         return None
     level = learned.start_sum / learned.start_n
@@ -376,7 +377,7 @@ def _held(state: RewardState, seen: Observation, reason: Reason, onset: int, evi
 
 
 def _kind(state: RewardState, seen: Observation) -> Kind:
-    """Infrastructure when a second witness says so; policy when it moved and nothing else did; else unknown."""
+    """Infrastructure when a second witness says so; policy when only that moved; else unknown."""
     others = state.witnesses
     if others is not None and (others.infra >= _WITNESS_NATS or others.weights >= _WITNESS_NATS):
         return Kind.INFRA
@@ -528,7 +529,7 @@ def _warning_of_fall(
 
 
 def _same_spread(state: RewardState, seen: Observation, value: float) -> int:
-    """Steps in a row in which all rollouts scored the same although they usually do not, away from the extremes."""
+    """Steps in a row in which all rollouts scored the same although they usually do not."""
     std = seen.spread[0] if seen.spread is not None else seen.metrics.get("reward_std")
     if std is None or not isfinite(std):
         return state.same_spread

@@ -1,9 +1,9 @@
 """
 The words of the judgement: its settings, what it sees, what it says, and what it remembers.
 
-Everything here is a value: frozen, of bounded size, and made of numbers, strings, enums and tuples alone, so that the
-journal can write a state down as JSON and read the same state back. The state is made of named tuples, not of
-dataclasses, because it is built anew on every step and replay judges 100,000 steps a second.
+Everything here is a value: frozen, of bounded size, and made of numbers, strings, enums and tuples alone, so
+that the journal can write a state down as JSON and read the same state back. The state is made of named
+tuples, not of dataclasses, because it is built anew on every step and replay judges 100,000 steps a second.
 No number in a state is NaN or infinite.
 """
 
@@ -39,8 +39,8 @@ __all__ = [
     "Witnesses",
 ]
 
-# How the two budgets of false alarms are shared out among the tests: a test with the share s gets the threshold
-# log(budget / s), so that all of them together keep the budget.
+# How the two budgets of false alarms are shared out among the tests: a test with the share s gets the
+# threshold log(budget / s), so that all of them together keep the budget.
 _HOLD_SHARE_RUN = 0.5
 _HOLD_SHARE_OTHER = 0.125  # near the floor, starting level, decay and witnessed loss have one of these each
 _WARN_SHARE_FALL = 0.5
@@ -97,7 +97,9 @@ class RewardConfig:
     min_reward: float | None = None
     """Plain rule: hold below this reward. None: off."""
     no_step_for_s: float | None = None
-    """Plain rule: a warning after so many seconds without a row. None: off (the stall detector learns its own)."""
+    """
+    Plain rule: a warning after so many seconds without a row. None: off (the stall detector learns its own).
+    """
     unknown_streak_warn: int = 50
     """Warn after so many rows in a row without a value."""
     memory_steps: float = 50.0
@@ -107,7 +109,9 @@ class RewardConfig:
     start_steps: int = 10
     """How many first steps make up the run's starting level."""
     curriculum_grace_steps: int = 30
-    """After a fall to a new level: steps in which a hold needs a second witness; then the level is accepted."""
+    """
+    After a fall to a new level: steps in which a hold needs a second witness; then the level is accepted.
+    """
     legitimate_fall: float = 0.4
     """The smallest share of its level that a legitimate switch (curriculum, data) leaves of the reward."""
     switch_every_steps: float = 1000.0
@@ -156,7 +160,7 @@ class Spread(NamedTuple):
 
 
 class Observation(NamedTuple):
-    """One step's batch as the judgement sees it. A refused batch that is rolled out again is a new observation."""
+    """One step's batch as the judgement sees it; a refused batch that is rolled out again is a new one."""
 
     attempt: int
     """Grows with every rollback and relaunch; steps may then start lower."""
@@ -216,7 +220,9 @@ class Baseline(NamedTuple):
     noise_weight: float = 0.0
     """How many steps the noise rests on, its prior included."""
     rollouts: int = 0
-    """Rollouts behind a value when values are shares of them; 0: values are not shares, or it is not known yet."""
+    """
+    Rollouts behind a value when values are shares of them; 0: values are not shares, or it is not known yet.
+    """
     low: float = 0.0
     high: float = 0.0
     last: float | None = None
@@ -246,7 +252,9 @@ class Learned(NamedTuple):
     """The level at past steps, thinned out (at most 32)."""
     stride: int = 8
     due: int = -1
-    """The step from which the history wants its next entry; below 0 while the start is still being learned."""
+    """
+    The step from which the history wants its next entry; below 0 while the start is still being learned.
+    """
 
 
 Switched = tuple[float, float, float]
@@ -332,7 +340,10 @@ class Trip(NamedTuple):
 
 
 class RewardState(NamedTuple):
-    """All that the judgement remembers. While nothing is going on, the fields after `learned` are at their defaults."""
+    """
+    All that the judgement remembers. While nothing is going on, the fields after `learned` are at their
+    defaults.
+    """
 
     attempt: int = 0
     step: int | None = None

@@ -1,11 +1,11 @@
 """
 The same number again and again: a collapse to a floor or another constant, or a value that is stuck.
 
-The evidence against a run is a likelihood, not a count: the chance that healthy rollouts give exactly this run. It is
-the smaller of two answers (the Beta-binomial at the cautious end of the baseline; the baseline's own uncertainty,
-which matters where successes are rare), and a legitimate switch to a lower level, once in `switch_every_steps`, is
-part of "healthy". So an all-zero step after 0.7 with 32 rollouts speaks at once, and at a success rate of 2 % it
-takes some thirty of them.
+The evidence against a run is a likelihood, not a count: the chance that healthy rollouts give exactly this
+run. It is the smaller of two answers (the Beta-binomial at the cautious end of the baseline; the baseline's
+own uncertainty, which matters where successes are rare), and a legitimate switch to a lower level, once in
+`switch_every_steps`, is part of "healthy". So an all-zero step after 0.7 with 32 rollouts speaks at once, and
+at a success rate of 2 % it takes some thirty of them.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def constant_run(
         return Run(value, length, first) if again else None
     gained = -_log_healthy(model, baseline, value, floor)
     if not floor and not again:
-        # A constant that nobody could name beforehand proves nothing by being exact: only its distance counts.
+        # A constant that nobody could name beforehand proves nothing by being exact: only its distance
+        # counts.
         gained = max(
             0.0, gained + log(model.resolution / max(baseline.high - baseline.low, model.resolution))
         )
@@ -72,7 +73,8 @@ def constant_run(
         return Run(value, length, first, plain, None, rollouts, plain)
     evidence = plain
     if model.shares and value == 0.0:
-        # Beta-binomial with the baseline's own uncertainty: how often does a rate known this badly give no success?
+        # Beta-binomial with the baseline's own uncertainty: how often does a rate known this badly give no
+        # success?
         trials = baseline.weight * model.effective
         evidence = min(
             evidence, baseline.level * trials * log1p(rollouts / max(model.rollouts * baseline.weight, 1.0))
@@ -104,7 +106,7 @@ def _switched(
     before: Switched | None,
     length: int,
 ) -> Switched:
-    """Log-likelihoods of the whole run after a switch to two lower levels, and to the constant's own level."""
+    """Log-likelihoods after a switch to two lower levels, and to the constant's own level."""
     height = model.near - model.floor
     least = model.floor + height * config.legitimate_fall
     times = 1 if before else length  # a run that starts to be watched late is taken as a whole
@@ -119,8 +121,8 @@ def _switched(
 def _together(config: RewardConfig, evidence: float, switched: Switched) -> float:
     """Nats against the whole healthy hypothesis: the baseline, or a legitimate switch away from it."""
     least, next_up, own = switched
-    # Every level between the least and the baseline is equally likely after a switch; the likelihood falls off
-    # exponentially from the least one up.
+    # Every level between the least and the baseline is equally likely after a switch; the likelihood falls
+    # off exponentially from the least one up.
     rate = max(0.0, least - next_up) / _GRID * (1 - config.legitimate_fall)
     average = least - log(rate / (1 - exp(-rate))) if rate > 1e-6 else least
     legitimate = _log_add(average, own) - log(config.switch_every_steps)
@@ -140,7 +142,7 @@ def _within_fall(model: Model, fall: Fall, value: float, length: int) -> float:
 
 
 def stuck_nats(config: RewardConfig, model: Model, baseline: Baseline, run: Run) -> float:
-    """Evidence that the value is stuck: nats against so many equal values in a row. 0 where ties are natural."""
+    """Evidence that the value is stuck: nats against so many ties. 0 where ties are natural."""
     repeats = run.length - 1
     if repeats < 3:
         return 0.0
@@ -154,7 +156,7 @@ def stuck_nats(config: RewardConfig, model: Model, baseline: Baseline, run: Run)
 
 
 def is_natural(config: RewardConfig, baseline: Baseline, run: Run) -> bool:
-    """Whether so short a run cannot be stuck by the likelihood, however well the model fits (a cheap bound)."""
+    """Whether so short a run cannot be stuck by the likelihood, whatever the model (a cheap bound)."""
     if run.length < 5 or run.value == 0.0 or (run.value == 1.0 and baseline.rollouts):
         return True
     return (1 - run.length) * log(max(1.3 * baseline.tie_rate, LEAST_TIE)) < config.stuck_nats

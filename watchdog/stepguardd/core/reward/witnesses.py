@@ -1,10 +1,11 @@
 """
 The other metrics of a step, and what they testify.
 
-Loss and gradient norm only matter when they are not finite. Entropy, KL, response length and clip ratio say whether
-the policy moved; the share of aborted rollouts and the guard's counts say whether rollouts fail; the gap between the
-trainer's and the server's log-probabilities says whether the server has the right weights. The last two are second
-witnesses: they turn an open question about a fall into a hold, and alone they only warn.
+Loss and gradient norm only matter when they are not finite. Entropy, KL, response length and clip ratio say
+whether the policy moved; the share of aborted rollouts and the guard's counts say whether rollouts fail; the
+gap between the trainer's and the server's log-probabilities says whether the server has the right weights.
+The last two are second witnesses: they turn an open question about a fall into a hold, and alone they only
+warn.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def broken(seen: Observation) -> tuple[Reason, float] | None:
 
 
 def failing_share(seen: Observation) -> float | None:
-    """The share of the batch's rollouts that failed: the guard's counts, else the trainer's metric, else None."""
+    """The share of the batch that failed: the guard's counts, else the trainer's metric, else None."""
     if seen.failed is not None and seen.ok is not None and seen.failed + seen.ok > 0:
         return seen.failed / (seen.failed + seen.ok)
     ratio = seen.metrics.get("aborted_ratio")
@@ -136,8 +137,8 @@ def testify(before: Witnesses | None, tracks: tuple[Track, ...], seen: Observati
 
 def _failing_nats(track: Track, failing: float, seen: Observation) -> float:
     """
-    Evidence that more rollouts fail than usual: the divergence from the usual share, for half the rollouts (they
-    fail together).
+    Evidence that more rollouts fail than usual: the divergence from the usual share, for half the rollouts
+    (they fail together).
     """
     usual = max(track.mean if track.high_for or track.known > 3 else 0.0, _USUAL_FAILURES)
     if failing < usual + 0.05:
@@ -148,7 +149,10 @@ def _failing_nats(track: Track, failing: float, seen: Observation) -> float:
 
 
 def policy_moved(tracks: tuple[Track, ...], complete: bool) -> bool:
-    """Whether entropy or KL moved far of late; response length counts too when all rollouts are known to be complete."""
+    """
+    Whether entropy or KL moved far of late; response length counts too when all rollouts are known to be
+    complete.
+    """
     telling = ("entropy", "kl", "response_length", "clip_ratio") if complete else ("entropy", "kl")
     return any(track.name in telling and 0 <= track.moved_ago <= 20 for track in tracks)
 
