@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Final
 
-from stepguard.gate import GateError
+from stepguard.gate import PATH_BYTES_MAX, GateError
 from stepguard.settings import FILE_NAME as GUARD_SETTINGS_FILE
 
 from . import clock, proc, status
@@ -36,7 +36,7 @@ from .core.commands import (
     StopServer,
 )
 from .core.decide import decide
-from .core.events import DaemonStarted, EffectEnded, Event, OperatorAsked, Tick
+from .core.events import DaemonStarted, EffectEnded, Event, OperatorAsked, Proc, Tick
 from .core.state import GateOrder, Mode, Server, ServerState, Stage, State, initial
 from .effects import server as servers
 from .effects.canary import canary
@@ -44,7 +44,7 @@ from .effects.gate import GateWriter
 from .effects.outcome import Outcome, failed
 from .effects.rollback import prepare
 from .effects.weights import push
-from .journal import Journal, JournalError
+from .journal import Journal, JournalError, Restored
 from .settings import core_settings
 from .sources import sglang
 from .sources.process import ServerProcesses
@@ -75,6 +75,24 @@ class WatchedServer:
         self.backend = servers.backend(run, self.settings, self.log)
         self.http = sglang.client(self.settings.url, config.probe.timeout_s)
         self.processes = ServerProcesses(self.settings.name, self.backend.find, emit)
+        self.changing = asyncio.Lock()
+        self._changes = 0
+
+    def adopt(self, procs: tuple[Proc, ...]) -> None:
+        """These are the server's processes from now on, whatever a look that is under way will find."""
+        self._changes += 1
+        self.processes.adopt(procs)
+
+    async def look(self) -> None:
+        """
+        Find the tree afresh, in a thread: a large machine has thousands of processes, and systemd may stall.
+
+        What a stop or a start has overtaken is not told.
+        """
+        before = self._changes
+        procs = await asyncio.to_thread(self.backend.find)
+        if before == self._changes and not self.changing.locked():
+            self.processes.adopt(procs, tell=True)
 
     def answers_itself(self) -> bool | None:
         """Whether the server's own tree holds its port; None where that cannot be seen."""
@@ -100,10 +118,13 @@ class Daemon:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.started_at = clock.monotonic()
-        self._lock: IO[str] | None = None
+        self._locks: list[IO[str]] = []
         self._events: deque[Event] = deque()
         self._deciding = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._failure: BaseException | None = None
+        self._mode_changed = False
+        self._taken_up = False
         self._stop = asyncio.Event()
         self._crash_at = os.environ.get(CRASH_AT)
         self.gate: GateWriter
@@ -135,6 +156,8 @@ class Daemon:
                     task.cancel()
         finally:
             await self._close()
+        if self._failure is not None:
+            raise self._failure
 
     def stop(self) -> None:
         """Ask it to end."""
@@ -150,7 +173,8 @@ class Daemon:
                 raise DaemonError(
                     f"{key}: cannot make {folder} ({error.strerror}); choose another"
                 ) from error
-        self._take_lock(run.state_dir / "daemon.lock")
+        for folder in (run.state_dir, run.run_dir):
+            self._take_lock(folder / "daemon.lock")
         for settings in self.config.servers:
             missing = servers.program_missing(settings)
             if missing is not None:
@@ -158,9 +182,9 @@ class Daemon:
         try:
             self.journal = Journal(run.state_dir / "journal.db", boot_id=clock.boot_id())
             restored = self.journal.restore()
-            self.state = self._fitted(restored.state)
-            for recorded in restored.after:
-                self.state, _ = decide(self.state, recorded.event, recorded.at)
+            self.state = self._fitted(restored)
+            if restored.state is None:
+                self._refuse_strangers()
             self.gate = GateWriter(run.run_dir / "gate")
             guard = run.run_dir / GUARD_SETTINGS_FILE
             guard.write_text(self.config.guard.for_trainer().to_json())
@@ -169,7 +193,7 @@ class Daemon:
             raise DaemonError(str(error)) from error
         except OSError as error:
             raise DaemonError(
-                f"{error.filename or run.run_dir}: {error.strerror}; is run_dir ours?"
+                f"{error.filename or run.run_dir}: {error.strerror or error}; is run.run_dir ours, and short?"
             ) from error
         self.journal.start()
         self._page = TrainerPage(self.gate.page, self.feed)
@@ -179,31 +203,49 @@ class Daemon:
 
     def _take_lock(self, path: Path) -> None:
         try:
-            self._lock = path.open("a+")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = path.open("a+")
+            self._locks.append(lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DaemonError(
                 f"{path}: another daemon watches this run already; see `stepguard status`, or give this one "
                 "another run.name"
             ) from None
         except OSError as error:
-            raise DaemonError(f"{path}: {error.strerror}; run.state_dir must be writable") from error
+            raise DaemonError(f"{path}: {error.strerror}; its folder must be writable") from error
 
-    def _fitted(self, restored: State | None) -> State:
-        """The restored state under the config of today; a server that the config no longer has is dropped."""
+    def _refuse_strangers(self) -> None:
+        """Nothing is known of this run yet, and somebody else sits on a server's port: a wrong config."""
+        for settings in self.config.servers:
+            backend = servers.backend(self.config.run.name, settings, Path(os.devnull))
+            blocked = backend.blocked() if isinstance(backend, servers.ProcessBackend) else None
+            if blocked is not None:
+                raise DaemonError(f"servers.url: {blocked}")
+
+    def _fitted(self, restored: Restored) -> State:
+        """
+        What the journal decides, under the config of today.
+
+        A server that the config no longer has is dropped; a mode that a person set stays until the config's
+        own changes.
+        """
         settings, mode = core_settings(self.config), Mode(self.config.run.mode)
         fresh = tuple(
             Server(name=one.name, managed=one.backend != "none", since=clock.monotonic())
             for one in self.config.servers
         )
-        if restored is None:
-            return initial(settings, mode, fresh)
-        known = {server.name: server for server in restored.servers}
+        state = restored.state
+        if state is None:
+            return replace(initial(settings, mode, fresh), intents=restored.intents)
+        for recorded in restored.after:
+            state, _ = decide(state, recorded.event, recorded.at)
+        self._mode_changed = state.settings.mode is not mode
+        known = {server.name: server for server in state.servers}
         kept = tuple(
             replace(known[server.name], managed=server.managed) if server.name in known else server
             for server in fresh
         )
-        return replace(restored, settings=settings, servers=kept)
+        return replace(state, settings=settings, servers=kept)
 
     def _take_up(self, unfinished: tuple[Effect, ...]) -> None:
         """Bring the page in line, look at every server, and settle what an earlier daemon had begun."""
@@ -215,6 +257,10 @@ class Daemon:
                 judged_batch=0 if found is None else found.judged_batch,
             )
         )
+        if self._mode_changed:
+            asked = OperatorAsked(verb="mode", who="the config", why="run.mode", mode=self.config.run.mode)
+            self.feed(asked)
+        self._taken_up = True
         wanted = {server.repair.intent for server in self.state.servers if server.repair is not None}
         wanted |= {self.state.rollback.intent if self.state.rollback is not None else None}
         for server in self._servers.values():
@@ -230,7 +276,7 @@ class Daemon:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        stop_servers = self.config.run.servers_on_stop == "stop"
+        stop_servers = self._taken_up and self.config.run.servers_on_stop == "stop"
         for server in self._servers.values():
             server.processes.close()
             if stop_servers and server.backend.managed:
@@ -244,8 +290,8 @@ class Daemon:
             self.gate.close()
         if hasattr(self, "journal"):
             self.journal.close()
-        if self._lock is not None:
-            self._lock.close()
+        for lock in self._locks:
+            lock.close()
 
     # ---- deciding ------------------------------------------------------------------------------------
 
@@ -258,6 +304,11 @@ class Daemon:
         try:
             while self._events:
                 self._decide(self._events.popleft())
+        except BaseException as error:
+            # Raised into a callback of the loop it would be a line in a log, and the daemon half blind.
+            self._failure = error
+            self._stop.set()
+            raise
         finally:
             self._deciding = False
 
@@ -269,8 +320,8 @@ class Daemon:
             if isinstance(command, PublishGate):
                 self.gate.publish(command.gate)
                 self._crash(f"gate_{command.gate.order.value}")
-        if self.state is before and not commands:
-            return
+        if self.state is before and not commands and not isinstance(event, EffectEnded):
+            return  # nothing came of it; but that an effect has ended is always worth a row
         durable = self.journal.record(
             at=now, wall=clock.wall(), event=event, commands=commands, state=self.state
         )
@@ -323,23 +374,29 @@ class Daemon:
     async def _act(self, effect: Effect) -> Outcome:
         recovery = self.config.recovery
         if isinstance(effect, PrepareRollback):
-            return await prepare(
-                self.config.checkpoints,
-                effect.before_step,
-                name=f"before-{effect.before_step}-{effect.intent}",
-                reported=self.state.checkpoints,
+            return _fits(
+                await prepare(
+                    self.config.checkpoints,
+                    effect.before_step,
+                    name=f"before-{effect.before_step}-{effect.intent}",
+                    reported=self.state.checkpoints,
+                )
             )
-        server = self._servers[effect.server]
+        server = self._servers.get(effect.server)
+        if server is None:
+            return failed(f"the config has no server {effect.server} any more")
         match effect:
             case ContinueServer():
                 return await servers.resume(effect.procs)
             case StopServer():
-                outcome = await server.backend.stop(effect.procs)
-                server.processes.adopt(())
+                async with server.changing:
+                    outcome = await server.backend.stop(effect.procs)
+                    server.adopt(())
                 return outcome
             case StartServer():
-                outcome = await server.backend.start(effect.intent)
-                server.processes.adopt(outcome.procs)
+                async with server.changing:
+                    outcome = await server.backend.start(effect.intent)
+                    server.adopt(outcome.procs)
                 return outcome
             case RunCanary():
                 return await canary(
@@ -397,7 +454,7 @@ class Daemon:
         while True:
             await asyncio.sleep(1.0 if self._repairing(server.settings.name) else TREE_INTERVAL_S)
             if self._stage(server.settings.name) not in {Stage.STOP, Stage.START, Stage.BACKOFF}:
-                server.processes.look()
+                await server.look()
 
     def _stage(self, name: str) -> Stage | None:
         server = next((one for one in self.state.servers if one.name == name), None)
@@ -474,6 +531,17 @@ async def _every(interval_s: float, work: Callable[[], None]) -> None:
         work()
         due = max(due + interval_s, loop.time())
         await asyncio.sleep(due - loop.time())
+
+
+def _fits(outcome: Outcome) -> Outcome:
+    """A rollback's target has to fit on the gate page."""
+    length = len(os.fsencode(outcome.target_path or ""))
+    if length <= PATH_BYTES_MAX:
+        return outcome
+    return failed(
+        f"the checkpoint's path has {length} bytes, and the gate page holds {PATH_BYTES_MAX}: "
+        f"use a shorter checkpoints.dir, or a symbolic link; {outcome.detail}"
+    )
 
 
 def _text(value: object) -> str | None:

@@ -25,6 +25,7 @@ from .core import commands, events
 from .core.commands import Command, Effect, Notify
 from .core.events import EffectEnded, Event
 from .core.state import State
+from .oneline import utf8
 
 VERSION: Final = 1
 QUEUE_ROWS_MAX: Final = 10_000
@@ -44,6 +45,7 @@ CREATE TABLE intents (
 CREATE TABLE notices (
   id INTEGER PRIMARY KEY, seq INTEGER NOT NULL, wall REAL NOT NULL, incident INTEGER, what TEXT NOT NULL,
   reason TEXT NOT NULL, text TEXT NOT NULL);
+INSERT INTO meta VALUES ('version', '1');
 """
 
 _EVENTS: Final[dict[str, TypeAdapter[Any]]] = {
@@ -73,12 +75,16 @@ class Recorded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restored:
-    """What a daemon comes back to: a state, the events after it, and the effects that were under way."""
+    """
+    What a daemon comes back to: a state, the events after it, and the effects that were under way.
+
+    `intents` is how many intents were named so far: without a state the next one must not repeat a name.
+    """
 
     state: State | None
     after: tuple[Recorded, ...]
     unfinished: tuple[Effect, ...]
-    boot_id: str | None
+    intents: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +99,11 @@ class _Row:
 
 def encode(value: object, adapters: dict[str, TypeAdapter[Any]]) -> str:
     """One value as JSON. NaN stays NaN: it is a reading, and null would make it unknown."""
-    return json.dumps(adapters[type(value).__name__].dump_python(value, mode="json"), separators=(",", ":"))
+    return _json(adapters[type(value).__name__].dump_python(value, mode="json"))
+
+
+def _json(value: object) -> str:
+    return utf8(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
 
 
 def decode_event(kind: str, body: str) -> Event:
@@ -136,12 +146,21 @@ class Journal:
         self.lost_rows = 0
         self._boot_id = boot_id
         self._rows: queue.Queue[_Row | None] = queue.Queue(maxsize=QUEUE_ROWS_MAX)
-        self._since_snapshot = 0
+        self._since_snapshot = SNAPSHOT_EVERY  # the first row carries the state: what came before is settled
+        self._gap = False
         self._failed: str | None = None
+        self._pruned = 0
         try:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
-            self._prepare()
         except sqlite3.Error as error:
+            raise JournalError(f"{path}: cannot be opened ({error}); is its folder ours?") from error
+        try:
+            self._prepare()
+        except JournalError:
+            self._db.close()
+            raise
+        except (sqlite3.Error, ValueError) as error:
+            self._db.close()
             raise JournalError(
                 f"{path}: not usable as a journal ({error}); move it aside to start a new one"
             ) from error
@@ -156,9 +175,10 @@ class Journal:
         db.execute("PRAGMA synchronous=FULL")
         if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
             db.executescript("BEGIN;" + _SCHEMA + "COMMIT;")
-            db.execute("INSERT INTO meta VALUES ('version', ?)", (str(VERSION),))
         row = db.execute("SELECT value FROM meta WHERE key = 'version'").fetchone()
-        version = VERSION if row is None else int(row[0])
+        version = int(row[0]) if row is not None else 0
+        if version < 1:
+            raise JournalError(f"{self.path}: a database without a version; move it aside to start a new one")
         if version > VERSION:
             raise JournalError(
                 f"{self.path}: written by a newer version (layout {version}, this one reads up to "
@@ -167,15 +187,17 @@ class Journal:
 
     def restore(self) -> Restored:
         """What was known and what was under way when the last daemon of this run ended."""
-        row = self._db.execute("SELECT value FROM meta WHERE key = 'boot_id'").fetchone()
-        before = None if row is None else str(row[0])
-        with self._db:
-            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('boot_id', ?)", (self._boot_id,))
-        if before != self._boot_id:
-            return Restored(state=None, after=(), unfinished=(), boot_id=before)
+        try:
+            return self._restore()
+        except sqlite3.Error as error:
+            raise JournalError(f"{self.path}: cannot be read ({error}); move the file aside") from error
+
+    def _restore(self) -> Restored:
+        self._settle_boot()
+        names = self._db.execute("SELECT coalesce(max(CAST(intent AS INTEGER)), 0) FROM intents").fetchone()
         newest = self._db.execute("SELECT seq, state FROM snapshots ORDER BY seq DESC LIMIT 1").fetchone()
         if newest is None:
-            return Restored(state=None, after=(), unfinished=(), boot_id=before)
+            return Restored(state=None, after=(), unfinished=(), intents=names[0])
         try:
             state = _STATE.validate_json(newest[1])
         except ValueError as error:
@@ -190,8 +212,19 @@ class Journal:
             unfinished=tuple(
                 effect for effect in unfinished if not isinstance(effect, commands_without_intent)
             ),
-            boot_id=before,
+            intents=names[0],
         )
+
+    def _settle_boot(self) -> None:
+        """After a reboot nothing is under way, and the times of the states mean nothing any more."""
+        row = self._db.execute("SELECT value FROM meta WHERE key = 'boot_id'").fetchone()
+        if row is not None and row[0] == self._boot_id:
+            return
+        self._db.execute("BEGIN IMMEDIATE")
+        self._db.execute("DELETE FROM snapshots")
+        self._db.execute("UPDATE intents SET ended = begun, ok = 0, detail = 'rebooted' WHERE ended IS NULL")
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES ('boot_id', ?)", (self._boot_id,))
+        self._db.execute("COMMIT")
 
     def read(self, *, after: int = 0) -> Iterator[Recorded]:
         """The decisions after a row, in order. Only before `start`: then the writer owns the database."""
@@ -253,7 +286,8 @@ class Journal:
             with contextlib.suppress(queue.Full):
                 self._rows.put(None, timeout=timeout_s)
             self._thread.join(timeout_s)
-        self._db.close()
+        if not self._thread.is_alive():  # else the disk hangs, and closing would hang with it
+            self._db.close()
 
     def _write_all(self) -> None:
         batch: list[_Row] = []
@@ -274,24 +308,36 @@ class Journal:
                 return
 
     def _write(self, batch: list[_Row]) -> None:
+        """
+        One batch in one transaction: all of it or nothing.
+
+        After rows were lost the next one must carry the whole state, or what comes back would not be what the
+        rows decide; until it comes, rows are lost as well.
+        """
+        outcome: JournalError | None = None
+        first = next((index for index, row in enumerate(batch) if row.state is not None), len(batch))
+        kept = batch[first:] if self._gap else batch
         try:
             self._db.execute("BEGIN")
-            for row in batch:
-                self._seq += 1
-                self._insert(row, self._seq)
-            self._prune()
+            for number, row in enumerate(kept, self._seq + 1):
+                self._insert(row, number)
+            self._prune(self._seq + len(kept))
             self._db.execute("COMMIT")
-        except sqlite3.Error as error:
+        except (sqlite3.Error, ValueError, TypeError) as error:
             self._failed = str(error)
             with contextlib.suppress(sqlite3.Error):
                 self._db.execute("ROLLBACK")
             self.lost_rows += len(batch)
-            outcome: JournalError | None = JournalError(
+            self._gap = True
+            self._since_snapshot = SNAPSHOT_EVERY
+            outcome = JournalError(
                 f"{self.path}: cannot be written ({error}); make room or fix its permissions"
             )
         else:
+            self._seq += len(kept)
+            self.lost_rows += len(batch) - len(kept)
+            self._gap = self._gap and not kept
             self._failed = None
-            outcome = None
         for row in batch:
             if row.durable is not None:
                 _resolve(row.durable, outcome)
@@ -303,22 +349,22 @@ class Journal:
         ]
         db.execute(
             "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)",
-            (seq, row.at, row.wall, type(event).__name__, encode(event, _EVENTS), json.dumps(decided)),
+            (seq, row.at, row.wall, type(event).__name__, encode(event, _EVENTS), _json(decided)),
         )
         if row.state is not None:
-            state = json.dumps(_STATE.dump_python(row.state, mode="json"), separators=(",", ":"))
+            state = _json(_STATE.dump_python(row.state, mode="json"))
             db.execute("INSERT INTO snapshots VALUES (?, ?)", (seq, state))
-            db.execute("DELETE FROM snapshots WHERE seq < ?", (seq - 20 * SNAPSHOT_EVERY,))
+            db.execute("DELETE FROM snapshots WHERE seq <= ?", (seq - 20 * SNAPSHOT_EVERY,))
         if isinstance(event, EffectEnded):
             db.execute(
                 "UPDATE intents SET ended = ?, ok = ?, detail = ? WHERE intent = ?",
-                (row.at, int(event.ok), event.detail, event.intent),
+                (row.at, int(event.ok), utf8(event.detail), utf8(event.intent)),
             )
         for command in row.commands:
             if isinstance(command, Notify):
                 db.execute(
                     "INSERT INTO notices (seq, wall, incident, what, reason, text) VALUES (?, ?, ?, ?, ?, ?)",
-                    (seq, row.wall, command.incident, command.what, command.reason, command.text),
+                    (seq, row.wall, command.incident, command.what, command.reason, utf8(command.text)),
                 )
             elif not isinstance(command, commands_without_intent):
                 db.execute(
@@ -326,9 +372,15 @@ class Journal:
                     (command.intent, seq, type(command).__name__, encode_command(command), row.at),
                 )
 
-    def _prune(self) -> None:
-        if self._seq % SNAPSHOT_EVERY == 0:
-            self._db.execute("DELETE FROM events WHERE seq <= ?", (self._seq - EVENTS_KEPT,))
+    def _prune(self, seq: int) -> None:
+        """Forget what is too old, now and then; an intent that is under way is never too old."""
+        if seq - self._pruned < SNAPSHOT_EVERY:
+            return
+        self._pruned = seq
+        last = (seq - EVENTS_KEPT,)
+        self._db.execute("DELETE FROM events WHERE seq <= ?", last)
+        self._db.execute("DELETE FROM notices WHERE seq <= ?", last)
+        self._db.execute("DELETE FROM intents WHERE seq <= ? AND ended IS NOT NULL", last)
 
 
 commands_without_intent = (commands.PublishGate, commands.Notify)

@@ -9,5 +9,10 @@ def one_line(text: str, chars_max: int = 2000) -> str:
     return flat if len(flat) <= chars_max else flat[: chars_max - 1] + "…"
 
 
+def utf8(text: str) -> str:
+    """The text as UTF-8 can say it: JSON may bring lone surrogates, which no file and no database takes."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
 def _escaped(char: str) -> str:
     return char.encode("unicode_escape").decode()

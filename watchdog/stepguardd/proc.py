@@ -107,7 +107,12 @@ def tree(root_pid: int) -> tuple[Proc, ...]:
     The session is what keeps a scheduler findable after its parent died and init adopted it. The root comes
     first while it lives; it may be dead already.
     """
-    return _members({root_pid}, list(every()))
+    return trees({root_pid})
+
+
+def trees(root_pids: set[int]) -> tuple[Proc, ...]:
+    """The live processes that belong to any of these roots, by one look at the machine."""
+    return _members(root_pids, list(every()))
 
 
 def marked(variable: str, value: str) -> tuple[Proc, ...]:
@@ -134,7 +139,7 @@ def _members(roots: set[int], stats: list[Stat]) -> tuple[Proc, ...]:
 def _role(found: Stat) -> str:
     """What a process does in a server, out of its title: the kernel cuts `comm` to 15 characters."""
     title = _cmdline(found.pid) or found.comm
-    for role in ("scheduler", "detokenizer", "resource_tracker"):
+    for role in ("scheduler", "detokenizer", "data_parallel", "resource_tracker"):
         if role in title or found.comm.endswith(role[:7]):
             return role
     return "server" if found.session == found.pid else "child"

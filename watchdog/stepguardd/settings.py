@@ -2,7 +2,7 @@
 
 from .config import Config
 from .core.reward import RewardConfig
-from .core.state import Settings
+from .core.state import Mode, Settings
 
 
 def core_settings(config: Config) -> Settings:
@@ -29,8 +29,11 @@ def core_settings(config: Config) -> Settings:
         cont_grace_s=recovery.cont_grace_s,
         locked_out_hold_s=recovery.locked_out_hold_s,
         resync_timeout_s=recovery.resync_timeout_s,
+        save_timeout_s=recovery.save_timeout_s,
         start_timeout_s=max((server.start_timeout_s for server in config.servers), default=600.0),
         stop_timeout_s=max((server.stop_timeout_s for server in config.servers), default=20.0),
+        weights_fixed=config.weights.sync == "none",
+        mode=Mode(config.run.mode),
         push_weights=config.weights.sync == "disk" and config.weights.path is not None,
         reward=RewardConfig(
             rollouts_per_step=config.reward.rollouts_per_step,

@@ -372,6 +372,10 @@ class RecoverySettings(Section):
     resync_timeout_s: Seconds = Field(
         default=120, description="The restarted server must have the current weights within this."
     )
+    save_timeout_s: Seconds = Field(
+        default=600,
+        description="How long a held trainer may take to save before a stop, or to load a checkpoint.",
+    )
 
     @model_validator(mode="after")
     def _waits_grow(self) -> Self:

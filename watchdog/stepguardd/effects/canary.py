@@ -32,7 +32,7 @@ async def canary(
         ours: whether the server's own tree holds the port; None where that cannot be seen.
 
     """
-    if ours() is False:
+    if await asyncio.to_thread(ours) is False:
         return failed("another process answers on its port")
     body = {
         "input_ids": list(_IDS),
@@ -56,6 +56,6 @@ def _tokens(reply: Reply) -> int:
     try:
         found = json.loads(reply.body)
         found = found[0] if isinstance(found, list) else found
-        return int(found["meta_info"]["completion_tokens"])
-    except (ValueError, TypeError, LookupError, RecursionError):
+        return max(0, int(found["meta_info"]["completion_tokens"]))
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
         return 0

@@ -29,6 +29,7 @@ LOG_BYTES_MAX: Final = 64 << 20
 _NO_DUMPS: Final = {"SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}
 _EARLY_DEATH_S: Final = 0.2
 _PORT_FREE_S: Final = 10.0
+_STOP_ROUNDS: Final = 3
 _SYSTEMCTL_TIMEOUT_S: Final = 90.0
 
 
@@ -106,18 +107,38 @@ class ProcessBackend:
         return Outcome(ok=True, detail=f"pid {child.pid}", procs=self._known)
 
     async def stop(self, procs: tuple[Proc, ...]) -> Outcome:
-        """End the tree, orphans of its session included, and wait for the port."""
-        tree = set(procs) | set(proc.marked(SERVER_MARK, self._mark))
-        for known in tuple(tree):
-            tree |= set(proc.tree(known.pid)) if proc.unmistaken(known) else set()
-        left = await end(tuple(tree), grace_s=_grace_s(self._settings), timeout_s=_PORT_FREE_S)
-        self._reap()
-        if left:
-            return failed("pids " + ", ".join(str(known.pid) for known in left) + " survive SIGKILL")
+        """
+        End the tree, orphans of its session included, and wait for the port.
+
+        In rounds: a tree that is told to end may still start a process.
+        """
+        ended, grace_s = 0, self._settings.stop_timeout_s
+        tree = _once((*procs, *self._whole(procs)))  # the dead of `procs` too: their tree cannot drain
+        for _ in range(_STOP_ROUNDS):
+            left = await end(tree, grace_s=grace_s, timeout_s=_PORT_FREE_S)
+            self._reap()
+            if left:
+                return failed("pids " + ", ".join(str(known.pid) for known in left) + " survive SIGKILL")
+            ended += len(tree)
+            grace_s, tree = 0.0, self._whole(tree)
+            if not tree:
+                break
         if not await self._port_free():
             return failed(self._taken())
         self._known = ()
-        return Outcome(ok=True, detail=f"{len(tree)} processes ended")
+        return Outcome(ok=True, detail=f"{ended} processes ended")
+
+    def blocked(self) -> str | None:
+        """Who else holds the server's port; None when it is free or the server's own."""
+        if self._port is None or not proc.port_taken(self._port):
+            return None
+        ours = (known.pid for known in self.find())
+        return None if proc.listening(self._port, ours) is not None else self._taken()
+
+    def _whole(self, procs: tuple[Proc, ...]) -> tuple[Proc, ...]:
+        """What lives of these processes, of their trees and sessions, and of all that carries our mark."""
+        roots = (*procs, *proc.marked(SERVER_MARK, self._mark))
+        return proc.trees({known.pid for known in roots if proc.unmistaken(known)})
 
     def _spawn(self, intent: str) -> subprocess.Popen[bytes]:
         settings = self._settings
@@ -264,6 +285,11 @@ class ObservedBackend:
         return failed("this server is only observed")
 
 
+def _once(procs: tuple[Proc, ...]) -> tuple[Proc, ...]:
+    """Each process once, whatever role it was seen in."""
+    return tuple({(known.pid, known.start_ticks): known for known in procs}.values())
+
+
 def backend(run: str, settings: ServerSettings, log: Path) -> Backend:
     """The back-end that the config names."""
     match settings.backend:
@@ -295,7 +321,3 @@ def port_of(url: str) -> int | None:
     if parts.hostname not in {"127.0.0.1", "localhost", "::1"}:
         return None
     return parts.port or (443 if parts.scheme == "https" else 80)
-
-
-def _grace_s(settings: ServerSettings) -> float:
-    return settings.stop_timeout_s

@@ -15,8 +15,10 @@ from typing import Final
 import httpx
 
 from ..core.events import Answer, ServerProbed
+from ..oneline import utf8
 
 BODY_BYTES_MAX: Final = 1 << 20
+VERSION_CHARS_MAX: Final = 256
 
 _RUNNING: Final = ("sglang:num_running_reqs", "sglang:num_queue_reqs")
 _TOKENS: Final = ("sglang:generation_tokens_total", "sglang:prompt_tokens_total")
@@ -34,6 +36,7 @@ def client(url: str, timeout_s: float) -> httpx.AsyncClient:
     """One server's client: no proxy from the environment, no redirects, few connections."""
     return httpx.AsyncClient(
         base_url=url,
+        headers={"Accept-Encoding": "identity"},  # a megabyte of gzip may be a gigabyte of zeros
         timeout=timeout_s,
         trust_env=False,
         follow_redirects=False,
@@ -70,7 +73,7 @@ async def request(
 async def _read(response: httpx.Response) -> Reply:
     chunks: list[bytes] = []
     size = 0
-    async for chunk in response.aiter_bytes():
+    async for chunk in response.aiter_raw():
         size += len(chunk)
         if size > BODY_BYTES_MAX:
             return Reply(answer=Answer.BROKEN)
@@ -118,7 +121,9 @@ def weight_version(reply: Reply) -> tuple[Answer, str | None]:
     if not isinstance(info, dict):
         return Answer.BROKEN, None
     version = info.get("weight_version")
-    return Answer.OK, None if version is None else str(version)[:256]
+    if isinstance(version, bool) or not isinstance(version, str | int):
+        return Answer.OK, None
+    return Answer.OK, utf8(str(version))[:VERSION_CHARS_MAX]
 
 
 def read_metrics(body: bytes) -> tuple[int | None, int | None]:

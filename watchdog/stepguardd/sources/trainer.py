@@ -27,6 +27,7 @@ from ..core.events import (
     TrainerExited,
     TrainerSeen,
 )
+from ..oneline import utf8
 from .process import ExitWatch
 
 REPORTS_PER_WAKE_MAX: Final = 64
@@ -88,22 +89,22 @@ def event_of(report: Report) -> Event | None:
         case "batch":
             return _batch(report)
         case "step":
-            metrics = {name: number(value) for name, value in report["metrics"].items()}
+            metrics = {utf8(name): number(value) for name, value in report["metrics"].items()}
             return StepCommitted(
                 attempt=report["attempt"],
                 step=report["step"],
                 reward=optional(report["reward"]),
-                weight_version=report["weight_version"],
+                weight_version=None if report["weight_version"] is None else utf8(report["weight_version"]),
                 metrics=metrics,
             )
         case "saved":
-            return CheckpointSaved(attempt=report["attempt"], step=report["step"], path=report["path"])
+            return CheckpointSaved(attempt=report["attempt"], step=report["step"], path=utf8(report["path"]))
         case "ack":
             return OrderAcknowledged(
                 generation=report["generation"],
                 order=report["order"],
                 ok=report["ok"],
-                detail=report["detail"],
+                detail=utf8(report["detail"]),
             )
         case _:
             return None
@@ -122,7 +123,7 @@ def _batch(report: Batch) -> BatchReported:
         reward_min=None if reward is None else optional(reward["min"]),
         reward_max=None if reward is None else optional(reward["max"]),
         stale=report["stale"],
-        refused=report["refused"],
+        refused=None if report["refused"] is None else utf8(report["refused"]),
         began=optional(report.get("began")),
     )
 
