@@ -45,7 +45,7 @@ class Sampler(Protocol):
         """Roll out one trajectory; RolloutError when it fails."""
         ...
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """Let go of connections."""
         ...
 
@@ -66,7 +66,7 @@ class HttpSampler:
         except (KeyError, TypeError, ValueError) as error:
             raise RolloutError(f"the server's answer is none: {type(error).__name__}: {error}") from error
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """Let go of connections."""
         if self._session is not None:
             await self._session.close()

@@ -148,7 +148,7 @@ class Run:
                 try:
                     outcome = self._train(runner, tracker)
                 finally:
-                    runner.run(self.sampler.close())
+                    runner.run(self.sampler.aclose())
         except Exception as caught:  # the border of the run: its end is the record
             log.exception("the run died at step %d", self.step + 1)
             outcome, error = Outcome.DIED, f"{type(caught).__name__}: {caught}"
