@@ -75,7 +75,7 @@ def observe(config: RewardConfig, state: RewardState, seen: Observation) -> tupl
     Args:
         config: the settings; the same in every call on one state.
         state: from `start` or the last call.
-        seen: the observation. A step that goes back, or another attempt, is a restart from an older checkpoint.
+        seen: the observation. Going back, or another attempt, is a restart from an older checkpoint.
 
     """
     attempt, step, value, _, failed, spread, metrics, marks = seen
