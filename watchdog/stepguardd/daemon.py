@@ -132,6 +132,7 @@ class Daemon:
         self.state: State
         self._reports: ReportSocket
         self._page: TrainerPage
+        self._stream: RewardStream | None = None
         self._servers: dict[str, WatchedServer] = {}
 
     # ---- life ---------------------------------------------------------------------------------------
@@ -197,6 +198,7 @@ class Daemon:
             ) from error
         self.journal.start()
         self._page = TrainerPage(self.gate.page, self.feed)
+        self._stream = RewardStream.of(self.config, self.state.stream_position, self.feed)
         for index, settings in enumerate(self.config.servers):
             self._servers[settings.name] = WatchedServer(run.name, self.config, index, self.feed)
         return restored.unfinished
@@ -432,9 +434,8 @@ class Daemon:
             work.append(self._probe(server))
             work.append(self._look(server))
             work.append(_every(self.config.probe.stopped_after_s, server.processes.sample))
-        stream = RewardStream.of(self.config, self.feed)
-        if stream is not None:
-            work.append(_every(stream.interval_s, stream.poll))
+        if self._stream is not None:
+            work.append(_every(self._stream.interval_s, self._stream.poll))
         work.append(self._control())
         return work
 
@@ -478,6 +479,8 @@ class Daemon:
             urls={server.name: server.url for server in self.config.servers},
             now=clock.monotonic(),
             started_at=self.started_at,
+            metric=None if self._stream is None else self._stream.metric_found,
+            notes=() if self._stream is None else tuple(self._stream.notes),
             lost_rows=self.journal.lost_rows,
             journal_failure=self.journal.failure,
         )

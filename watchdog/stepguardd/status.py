@@ -1,7 +1,7 @@
 """The daemon's state as people and programs read it: one JSON-able object. Pure."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import stepguard
 
@@ -16,6 +16,8 @@ def of(
     urls: Mapping[str, str],
     now: float,
     started_at: float,
+    metric: str | None,
+    notes: Sequence[str],
     lost_rows: int,
     journal_failure: str | None,
 ) -> dict[str, object]:
@@ -28,6 +30,8 @@ def of(
         urls: each server's address.
         now: seconds of the monotonic clock.
         started_at: when the daemon came up, on the same clock.
+        metric: the reward's name in the logged stream, once it was seen.
+        notes: what a person should know about that stream.
         lost_rows: journal rows that the disk did not take.
         journal_failure: why, when the newest write failed.
 
@@ -37,7 +41,9 @@ def of(
         budget.left(server.budget, now=now, limit=settings.restart_budget, window_s=settings.restart_window_s)
         for server in state.servers
     ]
-    warnings = [] if journal_failure is None else [f"the journal cannot be written: {journal_failure}"]
+    warnings = list(notes)
+    if journal_failure is not None:
+        warnings.append(f"the journal cannot be written: {journal_failure}")
     if lost_rows:
         warnings.append(f"{lost_rows} rows were lost to the journal")
     return {
@@ -60,6 +66,7 @@ def of(
             "restart_budget": settings.restart_budget,
             "restart_window_s": settings.restart_window_s,
         },
+        "stream": None if state.stream_step is None else {"metric": metric, "step": state.stream_step},
         "rewards": [_number(value) for value in state.rewards],
         "refused_batches": state.refused_batches,
         "warnings": warnings,

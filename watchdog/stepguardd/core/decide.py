@@ -336,6 +336,8 @@ def _on_step(turn: Turn, event: StepCommitted) -> None:
 
 def _on_logged(turn: Turn, event: RewardLogged) -> None:
     """A logged stream judges only a run whose trainer does not report by itself."""
+    position = turn.state.stream_position if event.position is None else event.position
+    turn.state = replace(turn.state, stream_step=event.step, stream_position=position)
     if turn.state.trainer.pid is not None:
         return
     turn.state = replace(turn.state, rewards=(*turn.state.rewards, event.reward)[-REWARDS_KEPT:])

@@ -158,11 +158,16 @@ class OrderAcknowledged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardLogged:
-    """One step of a logged reward stream (W&B and others): late, so it never refuses a batch."""
+    """
+    One step of a logged reward stream (W&B and others): late, so it never refuses a batch.
+
+    `position` is where the reader stands once this step is taken in, as it wants to be told after a restart.
+    """
 
     step: int
     reward: float | None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    position: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

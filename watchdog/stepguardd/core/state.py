@@ -325,6 +325,8 @@ class State:
     rewards: tuple[float | None, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
     refused_batches: int = 0
+    stream_step: int | None = None
+    stream_position: str | None = None
 
 
 def initial(settings: Settings, mode: Mode, servers: tuple[Server, ...]) -> State:

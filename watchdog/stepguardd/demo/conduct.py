@@ -114,6 +114,7 @@ class Arena:
         self._scenario = plan.scenario
         self.root = plan.root
         self.run_root = plan.root / "run"
+        self.run_dir: Path | None = None
         self._stack = ExitStack()
         self._port = _free_port()
         self._trainer: subprocess.Popen[bytes]
@@ -152,7 +153,7 @@ class Arena:
         environment.pop("STEPGUARD_RUN_DIR", None)
         if self._plan.guarded:
             # Short and local: a Unix socket's path holds 107 bytes.
-            run_dir = Path(tempfile.mkdtemp(prefix="stepguard-demo-"))
+            run_dir = self.run_dir = Path(tempfile.mkdtemp(prefix="stepguard-demo-"))
             self._stack.callback(shutil.rmtree, run_dir, ignore_errors=True)
             self._start_daemon(run_dir)
             environment["STEPGUARD_RUN_DIR"] = str(run_dir)

@@ -7,8 +7,11 @@ so it judges runs whose trainer has no guard, and only informs where there is on
 
 from __future__ import annotations
 
+import json
 import logging
+from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Final
 
@@ -25,6 +28,7 @@ log = logging.getLogger("stepguardd")
 
 POLLS_PER_TURN_MAX: Final = 8
 NAMES_MAX: Final = 4096
+NOTES_MAX: Final = 8
 
 Emit = Callable[[Event], None]
 
@@ -47,30 +51,62 @@ class RewardStream:
         self._metric = metric
         self._emit = emit
         self._names: set[str] = set()
+        self._ready: list[RewardLogged] = []
+        self.metric_found: str | None = None
+        self.notes: deque[str] = deque(maxlen=NOTES_MAX)
         self._step: int | None = None
         self._values: dict[str, float | None] = {}
 
     @classmethod
-    def of(cls, config: Config, emit: Emit) -> RewardStream | None:
-        """The stream that the config names, or None; a folder that is not there yet is waited for."""
+    def of(cls, config: Config, position: str | None, emit: Emit) -> RewardStream | None:
+        """
+        The stream that the config names, or None; a folder that is not there yet is waited for.
+
+        Args:
+            config: the whole configuration.
+            position: where an earlier daemon stood, out of its last `RewardLogged`.
+            emit: where the events go.
+
+        """
         if config.stream.wandb_dir is None:
             return None
-        reader = WandbLog(config.stream.wandb_dir, step_key=config.stream.step_key)
+        stood = None if position is None else json.loads(position)
+        reader = WandbLog(config.stream.wandb_dir, step_key=config.stream.step_key, position=stood)
         return cls(reader, config.reward.metric, emit)
 
     def poll(self) -> None:
-        """Read on, a bounded piece."""
+        """Read on, a bounded piece, and hand on the steps that are whole."""
         for _ in range(POLLS_PER_TURN_MAX):
             try:
                 rows = self._reader.poll()
             except StreamError as error:
-                log.warning("stream: %s", error)
+                self._note(str(error))
                 return
             for row in rows:
                 self._take(row)
             if self._reader.caught_up:
                 self._flush()
+            self._hand_on()
+            for note in self._reader.notes():
+                self._note(note)
+            if self._reader.caught_up:
                 return
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            log.warning("stream: %s", note)
+            self.notes.append(note)
+
+    def _hand_on(self) -> None:
+        """The position goes with the last step of the piece: a crash in between reads the piece again."""
+        ready, self._ready = self._ready, []
+        for event in ready[:-1]:
+            self._emit(event)
+        if ready:
+            # A step that is still being gathered lies before the reader's position: it is not given away yet.
+            whole = self._step is None
+            position = json.dumps(self._reader.position) if whole else None
+            self._emit(replace(ready[-1], position=position))
 
     def _take(self, row: Row) -> None:
         if row.step is None:
@@ -92,7 +128,8 @@ class RewardStream:
             for metric, value in self._values.items()
             if value is not None and (known := canonical(metric)) is not None
         }
-        self._emit(RewardLogged(step=self._step, reward=self._values[name], metrics=metrics))
+        self.metric_found = name
+        self._ready.append(RewardLogged(step=self._step, reward=self._values[name], metrics=metrics))
         self._step, self._values = None, {}
 
     def _reward_name(self) -> str | None:

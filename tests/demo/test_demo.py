@@ -1,0 +1,126 @@
+"""The demo is the product's promise run for real: each fault fires, and comes to what its scenario says."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+
+def run_demo(folder: Path, *arguments: str) -> dict[str, Any]:
+    """One demo to its end; its object, after a look at its exit code."""
+    command = [sys.executable, "-m", "stepguardd", "demo", "--json", "--dir", str(folder), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 1, "with --json, stdout is JSON only"
+    found: dict[str, Any] = json.loads(lines[0])
+    return found
+
+
+def daemon_log(folder: Path) -> str:
+    return (folder / "guarded" / "daemon.log").read_text()
+
+
+def test_a_killed_server_costs_no_garbage_step_and_without_stepguard_it_costs_many(tmp_path: Path) -> None:
+    """Incident A in small: the same seed and fault with and without, and the ground truth of both."""
+    found = run_demo(tmp_path / "kill", "--fault", "kill", "--compare")
+    guarded, unguarded = found["guarded"], found["unguarded"]
+    assert found["fault"] == "kill"
+    assert found["fault_step"] is not None, "the fault was never injected"
+    assert "crashed" in (tmp_path / "kill/unguarded/server.log").read_text(), "nothing died in the other run"
+    assert guarded["garbage_steps"] == 0
+    assert guarded["restarts"] == 1
+    assert guarded["holds"] == 1
+    assert guarded["steps"] == 150
+    assert guarded["final_reward"] >= 0.9
+    assert unguarded["garbage_steps"] > 20
+    assert unguarded["final_reward"] < 0.1
+    assert set(guarded) == {
+        *("steps", "garbage_steps", "final_reward", "holds", "restarts", "rollbacks"),
+        *("detect_s", "recover_s", "lost_s"),
+    }
+
+
+def test_a_stopped_server_is_continued_and_not_restarted(tmp_path: Path) -> None:
+    """SIGSTOP: the run holds, SIGCONT helps, and nothing is killed."""
+    guarded = run_demo(tmp_path / "hang", "--fault", "hang", "--steps", "60")["guarded"]
+    log = daemon_log(tmp_path / "hang")
+    assert "server_stopped" in log, "the stop was not seen"
+    assert "SIGCONT" in log
+    assert (guarded["garbage_steps"], guarded["restarts"], guarded["holds"]) == (0, 0, 1)
+
+
+def test_a_server_restarted_by_somebody_else_serves_no_rollout_with_base_weights(tmp_path: Path) -> None:
+    """The weights' handshake died with the server: the trainer is asked to re-sync before it goes on."""
+    found = run_demo(tmp_path / "stale", "--fault", "stale", "--steps", "60")
+    log = daemon_log(tmp_path / "stale")
+    assert "server_died" in log, "the fault did not fire"
+    assert "re-synced by the trainer" in log
+    server = (tmp_path / "stale/guarded/server.log").read_text()
+    assert server.count("fired up and ready to roll") == 2, "the supervisor did not restart it"
+    guarded = found["guarded"]
+    assert (guarded["garbage_steps"], guarded["restarts"], guarded["holds"]) == (0, 0, 1)
+
+
+def test_zeros_of_a_trainer_without_isolation_are_refused_before_their_step(tmp_path: Path) -> None:
+    """Incident A's own trainer: every failure scored 0, no gather. The batch is refused all the same."""
+    found = run_demo(tmp_path / "zeros", "--fault", "zeros", "--steps", "60")
+    assert "refused: outage" in daemon_log(tmp_path / "zeros"), "no batch of zeros was ever offered"
+    guarded = found["guarded"]
+    assert (guarded["garbage_steps"], guarded["restarts"], guarded["holds"]) == (0, 1, 1)
+
+
+def test_one_raising_trajectory_is_masked_and_ends_the_unguarded_run(tmp_path: Path) -> None:
+    """Incident D: one exception of many. Isolation masks it; a bare asyncio.gather lets it end the job."""
+    found = run_demo(tmp_path / "trajectory", "--fault", "trajectory", "--steps", "50", "--compare")
+    trainer = (tmp_path / "trajectory/guarded/trainer.log").read_text()
+    assert "made to fail" in trainer, "the trajectory did not raise"
+    guarded, unguarded = found["guarded"], found["unguarded"]
+    assert (guarded["garbage_steps"], guarded["holds"], guarded["steps"]) == (0, 0, 50)
+    assert "made to fail" in unguarded["died"]
+    assert unguarded["steps"] < 50
+
+
+def test_ctrl_c_leaves_no_process_behind(tmp_path: Path) -> None:
+    """SIGINT in the middle of a run: daemon, server and trainer are gone when the demo is."""
+    folder = tmp_path / "stopped"
+    command = [sys.executable, "-m", "stepguardd", "demo", "--fault", "none", "--no-ui", "--dir", str(folder)]
+    demo = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        truth = folder / "guarded/run/ground_truth.jsonl"
+        deadline = time.monotonic() + 120
+        while not truth.exists() and time.monotonic() < deadline and demo.poll() is None:
+            time.sleep(0.1)
+        assert len(processes_of(folder)) >= 4, "daemon, server, scheduler and trainer should be running"
+        demo.send_signal(signal.SIGINT)
+        _, stderr = demo.communicate(timeout=60)
+    finally:
+        if demo.poll() is None:
+            demo.kill()
+            demo.wait()
+    assert demo.returncode == 1
+    assert b"every process of the demo has ended" in stderr
+    assert processes_of(folder) == []
+
+
+def processes_of(folder: Path) -> list[str]:
+    """The command lines of the processes that name this folder, the demo's own excepted."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if str(folder) in line and " demo " not in line:
+            found.append(line)
+    return found
