@@ -265,6 +265,22 @@ def test_a_writer_killed_before_the_sequence_word_leaves_the_state_before_it(tmp
     assert page.daemon() == replace(GO, generation=2)
 
 
+class Dying:
+    """Memory under a writer that is killed at its first store."""
+
+    def __setitem__(self, at: object, what: object) -> None:
+        raise KeyboardInterrupt
+
+
+def test_the_slot_is_written_before_the_word_that_names_it(tmp_path: Path) -> None:
+    page = GatePage.create(tmp_path / "gate")
+    page.publish(GO)
+    page._view = Dying()  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        page.publish(replace(GO, generation=2))
+    assert GatePage.open(tmp_path / "gate").daemon() == GO
+
+
 WRITER = """
 import sys
 from pathlib import Path

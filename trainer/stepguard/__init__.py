@@ -5,9 +5,9 @@ Standard library only, by promise: installing it brings nothing into a training 
 imported on first use, so that `import stepguard` costs next to nothing.
 """
 
-from typing import TYPE_CHECKING
-
 __version__ = "0.1.0"
+
+TYPE_CHECKING = False  # as in typing, whose import would cost more than all the rest of this file
 
 if TYPE_CHECKING:
     from stepguard.admission import Admission, Refusal, group_advantages

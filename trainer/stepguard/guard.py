@@ -24,7 +24,7 @@ from typing import Any, Final, TypeVar
 from stepguard import isolation
 from stepguard.admission import Admission, Refusal, Tally, Verdict, judge, refusal, shaped, total
 from stepguard.calls import CallFailed, CallOk, bounded_call
-from stepguard.gate import SEQUENCE_WORD, STEP_PHASE_WORD, Order, Phase
+from stepguard.gate import SEQUENCE_WORD, STEP_PHASE_WORD, Phase
 from stepguard.link import Link, OnceLog
 from stepguard.obedience import Obedience, Waits
 from stepguard.orders import RollbackRequested, StopRequested
@@ -458,11 +458,10 @@ class Guard:
         self._presence.show()
 
     def _note_refusal(self, refused: Refusal | None) -> None:
-        """Too many refused batches in a row, and the guard holds, unless the daemon already does."""
+        """Too many refused batches in a row, and the guard holds; after a daemon's hold it counts anew."""
         gate = self._obedience
         gate.refusals = 0 if refused is None else gate.refusals + 1
-        let_go = gate.seen is None or gate.seen.order is Order.GO
-        if let_go and gate.refusals >= gate.settings.max_refused_batches:
+        if gate.refusals >= gate.settings.max_refused_batches:
             self._logger.warning("%d batches in a row were refused: holding", gate.refusals)
             gate.refusals = 0
             gate.hold_by_itself()
