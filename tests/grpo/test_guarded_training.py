@@ -223,6 +223,28 @@ def test_save_then_stop_ends_in_order_and_resumes(
     daemon.judge = judge
     record = run(LocalServer(base_model), tmp_path, guard, steps=6)
     assert (record.outcome, record.last_step) == (Outcome.STOPPED, 3)
-    assert [report["step"] for report in daemon.of_kind("saved")] == [3, 3]
+    assert [report["step"] for report in daemon.of_kind("saved")] == [3]  # by SAVE; STOP has nothing to add
     resumed = undisturbed(base_model, tmp_path, steps=6)
     assert (resumed.resumed_from, resumed.last_step, resumed.garbage_steps) == (3, 6, 0)
+
+
+def test_rollback_before_the_first_checkpoint_goes_to_the_very_start(
+    base_model: Path, tmp_path: Path, guards: Callable[..., Guard], daemon: VirtualDaemon, time: VirtualTime
+) -> None:
+    guard = guards()
+    ordered = []
+
+    def judge(batch: dict[str, Any]) -> str | None:
+        if batch["step"] == 3 and not ordered:
+            ordered.append(batch["step"])
+            time.after(0.5, lambda: daemon.order(Order.ROLLBACK, "poison", target_step=1))
+            time.after(1.0, lambda: daemon.order(Order.GO, "rolled back"))
+            return "poison"
+        return None
+
+    daemon.judge = judge
+    run(LocalServer(base_model), tmp_path, guard, steps=4, save_every=4)
+    assert [truth.step for truth in truths(tmp_path)] == [1, 2, 1, 2, 3, 4]
+    undisturbed(base_model, tmp_path / "undisturbed", steps=4, save_every=4)
+    other = tmp_path / "undisturbed" / "checkpoints" / "checkpoint-4"
+    assert same_bits(weights(tmp_path / "checkpoints" / "checkpoint-4"), weights(other))

@@ -153,7 +153,7 @@ def test_unguarded_a_killed_server_means_garbage_to_the_end(
 def test_unguarded_a_restarted_server_outside_the_group_serves_base_weights_for_good(
     tmp_path: Path, start: Callable[..., ServerProcess]
 ) -> None:
-    """Incident A's second half: the sync's handshake died with the server, the trainer believes its pushes."""
+    """Incident A's second half: the handshake died with the server, the trainer believes its pushes."""
     server = start()
     thread = kill_at(tmp_path, 5, server, then=lambda: start(port=server.port))
     record = over_http(

@@ -120,11 +120,11 @@ class Run:
     ) -> None:
         self.config = config
         self.guard = guard
-        base = config.run_root / "base"
-        if not (base / "config.json").exists():
-            write_base_model(base, config.seed)
-        self.learner = _new_learner(config, base)
-        self.client = ServerClient(config.server_url)
+        self._base = config.run_root / "base"
+        if not (self._base / "config.json").exists():
+            write_base_model(self._base, config.seed)
+        self.learner = _new_learner(config, self._base)
+        self.client = ServerClient(config.server_url, timeout_s=config.request_timeout_s)
         self.sampler = sampler or HttpSampler(config.server_url, timeout_s=config.request_timeout_s)
         self.sync = sync or _new_sync(config, self.client)
         self.external = sync is None
@@ -134,6 +134,7 @@ class Run:
         self.log_history: list[dict[str, float]] = []
         self.refused = self.rollbacks = self.resyncs = self.failed_pushes = 0
         self.resumed_from: int | None = None
+        self.saved_step: int | None = None
         self.raised = False
         self.began = time.monotonic()
 
@@ -154,7 +155,8 @@ class Run:
             outcome, error = Outcome.DIED, f"{type(caught).__name__}: {caught}"
         finally:
             tracker.close()
-            self.sync.close() if self.external else None
+            if self.external:
+                self.sync.close()
             self.client.close()
         return self._record(outcome, error)
 
@@ -182,7 +184,8 @@ class Run:
             return Outcome.FINISHED
         except StopRequested as order:
             log.warning("stopping at step %d: %s", self.step, order.reason)
-            self._save()
+            if self.saved_step != self.step:
+                self._save()
             return Outcome.STOPPED
 
     def _start(self) -> None:
@@ -192,10 +195,10 @@ class Run:
             self._load(newest)
             self.resumed_from = self.step
             log.warning("resumed from %s", newest)
-        if self.external:
-            self.client.wait_until_up(self.config.server_wait_s)
         self._announce()
         try:
+            if self.external:
+                self.client.wait_until_up(self.config.server_wait_s)
             self.sync.rebuild()
         except WeightPushError as error:
             self._push_failed(error)
@@ -378,6 +381,7 @@ class Run:
                 log_history=self.log_history,
                 keep=self.config.keep_checkpoints,
             )
+        self.saved_step = self.step
         if self.guard is not None:
             self.guard.saved(self.step, path, norms=_norms(self.learner))
 
@@ -385,15 +389,17 @@ class Run:
         state = checkpoint.load(path, self.learner)
         if state["data"]["seed"] != self.config.seed:
             raise ValueError(f"{path}: made with seed {state['data']['seed']}, not {self.config.seed}")
-        self.step = state["global_step"]
+        self.step = self.saved_step = state["global_step"]
         self.log_history = state["log_history"]
 
     def _load_in_place(self, path: str | None, step: int | None) -> None:
-        """The order ROLLBACK: load that checkpoint, or the newest that is no newer than the step."""
+        """The order ROLLBACK: that checkpoint, or the newest no newer than the step, or the very start."""
         target = Path(path) if path else checkpoint.newest(self._checkpoints, at_most=step)
-        if target is None:
-            raise FileNotFoundError(f"{self._checkpoints}: no checkpoint to roll back to")
-        self._load(target)
+        if target is not None:
+            self._load(target)
+        else:
+            self.learner = _new_learner(self.config, self._base)
+            self.step, self.log_history = 0, []
         self.pushed = None
         self._announce()
 
@@ -477,11 +483,14 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command: 0 when the run finished or was stopped in order, 1 when it died."""
+    """The command: 0 when the run finished or was stopped in order, 1 when it died, 130 after Ctrl-C."""
     config = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    record = train(config)
+    try:
+        record = train(config)
+    except KeyboardInterrupt:
+        return 130  # as a shell says of SIGINT; what was saved is there to resume from
     print(json.dumps(asdict(record)), flush=True)
     return 1 if record.outcome is Outcome.DIED else 0
 

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 KEEP_VERSIONS = 2
-PUSH_TIMEOUT_S = 15.0
 GROUP_TIMEOUT_S = 10.0
 GROUP_NAME = "weight_update_group"
 POLL_S = 0.1
@@ -56,9 +55,9 @@ class ServerClient:
     code.
     """
 
-    def __init__(self, server_url: str) -> None:
+    def __init__(self, server_url: str, *, timeout_s: float = 10.0) -> None:
         # Proxies of the environment have no business between a trainer and its server.
-        self._http = httpx.Client(base_url=server_url, timeout=PUSH_TIMEOUT_S, trust_env=False)
+        self._http = httpx.Client(base_url=server_url, timeout=timeout_s, trust_env=False)
 
     def post(self, path: str, body: dict[str, Any]) -> None:
         """POST; WeightPushError unless the server says success."""

@@ -29,6 +29,7 @@ from stepguard_grpo.server.wire import Message
 
 VERSION = "0.5.23+stepguard"
 MAX_BODY_BYTES = 32 << 20
+MAX_OPEN_REQUESTS = 4096
 PAUSE_MODES = ("abort", "in_place", "retract")
 
 log = logging.getLogger("stepguard_grpo.server")
@@ -292,6 +293,8 @@ async def metrics(request: web.Request) -> web.Response:
 async def generate(request: web.Request) -> web.Response:
     """One prompt gives an object, a list of prompts (or `n` > 1) a list."""
     state = request.app[STATE]
+    if state.in_flight >= MAX_OPEN_REQUESTS:
+        return web.json_response({"error": {"message": "The request queue is full."}}, status=503)
     body = await _body(request)
     if body.get("stream"):
         raise _invalid("stream is not supported by the embedded server.")

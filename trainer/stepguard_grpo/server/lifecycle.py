@@ -190,7 +190,7 @@ async def _drain(state: State) -> None:
     log.info("SIGTERM received. signum=15 frame=None. Draining requests and shutting down...")
     unhealthy, state.draining = state.unhealthy, True
     said_at = -DRAIN_LOG_S
-    while state.in_flight:
+    while state.in_flight and state.link.process.poll() is None:
         if unhealthy:
             log.error("Signal SIGTERM received while health check failed. Force exiting.")
             break

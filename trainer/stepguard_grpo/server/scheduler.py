@@ -77,7 +77,10 @@ class Scheduler:
     def _handle(self, message: Message) -> None:
         operation = message["op"]
         if operation == "generate":
-            self._held.append(message) if self._updates else self._admit(message)
+            if self._updates:
+                self._held.append(message)
+            else:
+                self._admit(message)
         elif operation == "abort":
             self._held = [held for held in self._held if not self._abort_held(held, message["rid"])]
             self._finish(self._engine.abort(message["rid"]))
