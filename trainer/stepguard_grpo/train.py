@@ -401,7 +401,6 @@ class Run:
             self.learner = _new_learner(self.config, self._base)
             self.step, self.log_history = 0, []
         self.pushed = None
-        self._announce()
 
     def _after_rollback(self, guard: Guard, path: str | None, step: int | None, *, reloaded: bool) -> None:
         if not reloaded:
