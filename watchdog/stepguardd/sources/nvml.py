@@ -9,10 +9,7 @@ container with its own pid namespace they match nothing, and memory per process 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import ModuleType
-from typing import TypeVar
-
-_Value = TypeVar("_Value")
+from typing import Any
 
 THROTTLE_REASONS = {
     0x04: "software power cap",
@@ -77,7 +74,7 @@ class NvmlDriver:
     """The driver, by `pynvml`, for one thread. It is opened at the first look, and again after a failure."""
 
     def __init__(self) -> None:
-        self._nvml: ModuleType | None = None
+        self._nvml: Any = None
         self._events: object | None = None
         self._handles: list[object] = []
 
@@ -91,7 +88,7 @@ class NvmlDriver:
             self._close(nvml)
             raise GpuError(f"NVML: {failed}") from None
 
-    def _open(self) -> ModuleType:
+    def _open(self) -> Any:
         try:
             import pynvml as nvml  # noqa: PLC0415 - an extra, and only machines with GPUs need it
         except ModuleNotFoundError:
@@ -109,37 +106,35 @@ class NvmlDriver:
         self._nvml = nvml
         return nvml
 
-    def _close(self, nvml: ModuleType) -> None:
+    def _close(self, nvml: Any) -> None:
         """Let go of the driver, so that the next look opens it anew: it may have been reloaded."""
         if self._events is not None:
-            _ask(nvml, lambda: nvml.nvmlEventSetFree(self._events))
+            _ask(nvml, nvml.nvmlEventSetFree, self._events)
         _ask(nvml, nvml.nvmlShutdown)
         self._nvml, self._events, self._handles = None, None, []
 
-    def _register(self, nvml: ModuleType) -> object | None:
+    def _register(self, nvml: Any) -> object | None:
         """Ask for the faults to be told; None where no GPU offers that."""
         events: object | None = _ask(nvml, nvml.nvmlEventSetCreate)
         if events is not None:
             for handle in self._handles:
-                supported = _ask(nvml, lambda handle=handle: nvml.nvmlDeviceGetSupportedEventTypes(handle))
+                supported = _ask(nvml, nvml.nvmlDeviceGetSupportedEventTypes, handle)
                 if supported is not None and supported & _XID_EVENT:
-                    _ask(
-                        nvml, lambda handle=handle: nvml.nvmlDeviceRegisterEvents(handle, _XID_EVENT, events)
-                    )
+                    _ask(nvml, nvml.nvmlDeviceRegisterEvents, handle, _XID_EVENT, events)
         return events
 
-    def _xids(self, nvml: ModuleType) -> tuple[Xid, ...]:
+    def _xids(self, nvml: Any) -> tuple[Xid, ...]:
         found: list[Xid] = []
         while self._events is not None and len(found) < _EVENTS_A_LOOK:
-            event = _ask(nvml, lambda: nvml.nvmlEventSetWait_v2(self._events, 0))
+            event = _ask(nvml, nvml.nvmlEventSetWait_v2, self._events, 0)
             if event is None:
                 break
             if event.eventType == _XID_EVENT:
-                uuid = _ask(nvml, lambda event=event: nvml.nvmlDeviceGetUUID(event.device))
+                uuid = _ask(nvml, nvml.nvmlDeviceGetUUID, event.device)
                 found.append(Xid(uuid=uuid, number=int(event.eventData)))
         return tuple(found)
 
-    def _gpu(self, nvml: ModuleType, index: int, handle: object) -> Gpu:
+    def _gpu(self, nvml: Any, index: int, handle: object) -> Gpu:
         try:
             memory = _memory(nvml, handle)
         except nvml.NVMLError as failed:
@@ -147,8 +142,8 @@ class NvmlDriver:
                 return Gpu(index=index, lost=True)
             raise
 
-        def ask(function: Callable[..., _Value], *more: object) -> _Value | None:
-            return _ask(nvml, lambda: function(handle, *more))
+        def ask(function: Callable[..., Any], *more: object) -> Any:
+            return _ask(nvml, function, handle, *more)
 
         mig = ask(nvml.nvmlDeviceGetMigMode)
         busy = ask(nvml.nvmlDeviceGetUtilizationRates)
@@ -178,7 +173,7 @@ class NvmlDriver:
         )
 
 
-def _memory(nvml: ModuleType, handle: object) -> "object":
+def _memory(nvml: Any, handle: object) -> Any:
     """Ask for the memory; what is wrong with the GPU or the driver as a whole shows here and is raised."""
     try:
         return nvml.nvmlDeviceGetMemoryInfo(handle)
@@ -192,13 +187,13 @@ def _throttled_by(reasons: int) -> tuple[str, ...]:
     return tuple(name for bit, name in THROTTLE_REASONS.items() if reasons & bit)
 
 
-def _errors(nvml: ModuleType) -> tuple[type[Exception], ...]:
+def _errors(nvml: Any) -> tuple[type[Exception], ...]:
     return (nvml.NVMLError, nvml.NVMLLibraryMismatchError, UnicodeDecodeError)
 
 
-def _ask(nvml: ModuleType, question: Callable[[], _Value]) -> _Value | None:
+def _ask(nvml: Any, function: Callable[..., Any], *arguments: object) -> Any:
     """Ask one thing; None where the driver does not answer it."""
     try:
-        return question()
+        return function(*arguments)
     except _errors(nvml):
         return None
