@@ -107,9 +107,18 @@ def conduct(plan: Plan, look: Callable[[Progress], None]) -> tuple[Progress, Fig
 
 
 class Arena:
-    """The folders and processes of one run. Leaving it ends them all."""
+    """
+    The folders and processes of one run. Leaving it ends them all.
 
-    def __init__(self, plan: Plan) -> None:
+    Args:
+        plan: which run.
+        daemon_environment: variables for the daemon, beside the demo's own.
+
+    """
+
+    def __init__(self, plan: Plan, daemon_environment: Mapping[str, str] | None = None) -> None:
+        self._daemon_environment = dict(daemon_environment or {})
+        self.daemon: subprocess.Popen[bytes] | None = None
         self._plan = plan
         self._scenario = plan.scenario
         self.root = plan.root
@@ -155,7 +164,7 @@ class Arena:
             # Short and local: a Unix socket's path holds 107 bytes.
             run_dir = self.run_dir = Path(tempfile.mkdtemp(prefix="stepguard-demo-"))
             self._stack.callback(shutil.rmtree, run_dir, ignore_errors=True)
-            self._start_daemon(run_dir)
+            self._start_daemon()
             environment["STEPGUARD_RUN_DIR"] = str(run_dir)
         else:
             self._await_server(lambda: proc.port_taken(self._port))
@@ -187,24 +196,26 @@ class Arena:
             command += ["--raise-in-rollout", str(plan.fault_step)]
         return command
 
-    def _start_daemon(self, run_dir: Path) -> None:
-        config = self.root / "config.toml"
-        config.write_text(self._config(run_dir))
-        daemon = self._spawn(
-            [sys.executable, "-m", "stepguardd", "run", "--config", str(config)],
-            "daemon.log",
-            dict(os.environ),
-        )
-        self._client = ControlClient(run_dir / SOCKET_NAME, timeout_s=2.0)
+    def _start_daemon(self) -> None:
+        assert self.run_dir is not None
+        (self.root / "config.toml").write_text(self._config(self.run_dir))
+        self._client = ControlClient(self.run_dir / SOCKET_NAME, timeout_s=2.0)
         self._stack.callback(self._client.__exit__, None, None, None)
+        self.restart_daemon(self._daemon_environment)
 
         def serving() -> bool:
-            if daemon.poll() is not None:
+            if self.daemon is None or self.daemon.poll() is not None:
                 raise DemoError(f"the daemon did not start; see {self.root / 'daemon.log'}")
-            servers = self._status().get("servers") or [{}]
+            servers = self.status().get("servers") or [{}]
             return bool(servers[0].get("state") == "serving")
 
         self._await_server(serving)
+
+    def restart_daemon(self, environment: Mapping[str, str] | None = None) -> None:
+        """Start a daemon on this run; the one before must have ended."""
+        config = str(self.root / "config.toml")
+        command = [sys.executable, "-m", "stepguardd", "run", "--config", config]
+        self.daemon = self._spawn(command, "daemon.log", {**os.environ, **(environment or {})})
 
     def _config(self, run_dir: Path) -> str:
         weights = self.run_root / "weights" / "{version}"
@@ -265,7 +276,7 @@ class Arena:
 
     def watch(self, progress: Progress, incidents: list[Mapping[str, Any]]) -> None:
         """Take in the daemon's status: its state, its incidents, and what it says it did."""
-        status = self._status()
+        status = self.status()
         if not status:
             return
         progress.status = status
@@ -290,7 +301,8 @@ class Arena:
         progress.events.extend(actions[self._seen_actions :])
         self._seen_actions = max(self._seen_actions, len(actions))
 
-    def _status(self) -> Mapping[str, Any]:
+    def status(self) -> Mapping[str, Any]:
+        """What the daemon says of the run; empty where none answers."""
         if self._client is None:
             return {}
         try:
