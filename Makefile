@@ -2,6 +2,7 @@
 # make test    all tests
 # make check   ruff, mypy --strict and the tidy tests
 # make bench   the figures, as ratios within one run
+# make eval    how the reward is judged: false alarms, delays, misses
 # Each creates .venv on its first use; nothing else on the machine is touched.
 
 VENV := .venv
@@ -12,10 +13,10 @@ FAULT ?= kill
 TORCH ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check bench eval clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "stepguard: no $(PYTHON) here; set PYTHON=/path/to/python3.11 or newer"; exit 1; }
@@ -42,6 +43,9 @@ check: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks
+
+eval: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.eval
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
