@@ -167,6 +167,10 @@ class Daemon:
     def _open(self) -> tuple[Effect, ...]:
         """Take the run's lock, journal, gate page and sockets, in this order; all or nothing."""
         run = self.config.run
+        for settings in self.config.servers:
+            trouble = servers.program_missing(settings)
+            if trouble is not None:
+                raise DaemonError(trouble)
         for folder, key in ((run.run_dir, "run.run_dir"), (run.state_dir, "run.state_dir")):
             try:
                 folder.mkdir(mode=0o750, parents=True, exist_ok=True)
@@ -176,10 +180,6 @@ class Daemon:
                 ) from error
         for folder in (run.state_dir, run.run_dir):
             self._take_lock(folder / "daemon.lock")
-        for settings in self.config.servers:
-            missing = servers.program_missing(settings)
-            if missing is not None:
-                raise DaemonError(missing)
         try:
             self.journal = Journal(run.state_dir / "journal.db", boot_id=clock.boot_id())
             restored = self.journal.restore()

@@ -94,7 +94,7 @@ class ProcessBackend:
             self._known = ours
             return Outcome(ok=True, detail="found running", procs=ours)
         if self._port is not None and proc.port_taken(self._port):
-            return failed(self._taken())
+            return failed(_taken(self._port))
         try:
             child = self._spawn(intent)
         except OSError as error:
@@ -124,7 +124,7 @@ class ProcessBackend:
             if not tree:
                 break
         if not await self._port_free():
-            return failed(self._taken())
+            return failed(_taken(self._port or 0))
         self._known = ()
         return Outcome(ok=True, detail=f"{ended} processes ended")
 
@@ -133,7 +133,7 @@ class ProcessBackend:
         if self._port is None or not proc.port_taken(self._port):
             return None
         ours = (known.pid for known in self.find())
-        return None if proc.listening(self._port, ours) is not None else self._taken()
+        return None if proc.listening(self._port, ours) is not None else _taken(self._port)
 
     def _whole(self, procs: tuple[Proc, ...]) -> tuple[Proc, ...]:
         """What lives of these processes, of their trees and sessions, and of all that carries our mark."""
@@ -175,12 +175,6 @@ class ProcessBackend:
                 return False
             await asyncio.sleep(0.05)
         return True
-
-    def _taken(self) -> str:
-        assert self._port is not None
-        owner = proc.port_owner(self._port)
-        who = "a process that cannot be read" if owner is None else f"pid {owner}"
-        return f"port {self._port} is held by {who}; end it or change servers.url and servers.command"
 
 
 class SystemdBackend:
@@ -302,7 +296,7 @@ def backend(run: str, settings: ServerSettings, log: Path) -> Backend:
 
 
 def program_missing(settings: ServerSettings) -> str | None:
-    """Why a server's command cannot run, found before anything is started; None when it can."""
+    """Why a server's command could not run, found before anything is started; None when it can."""
     if settings.backend != "process":
         return None
     program = settings.command[0]
@@ -313,6 +307,12 @@ def program_missing(settings: ServerSettings) -> str | None:
     if shutil.which(candidate) is None:
         return f"servers.command: {program} is not found or cannot be executed"
     return None
+
+
+def _taken(port: int) -> str:
+    owner = proc.port_owner(port)
+    who = "a process that cannot be read" if owner is None else f"pid {owner}"
+    return f"port {port} is held by {who}; end it, or choose another in servers.url and servers.command"
 
 
 def port_of(url: str) -> int | None:
