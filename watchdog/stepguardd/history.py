@@ -43,6 +43,7 @@ _FOLLOWED = {
 _FAILING = re.compile(
     r"abort|(?:fail|error|reject)\w*[_/]?(?:ratio|rate|frac|share|mean)|has_error", re.IGNORECASE
 )
+_GPU_MEMORY = re.compile(r"gpu\S*mem", re.IGNORECASE)
 _MISMATCH = re.compile(r"log_?p\w*[_/]?\w*diff", re.IGNORECASE)
 
 
@@ -98,7 +99,7 @@ def read_history(path: Path, *, metric: str | None = None) -> History:
 
 
 def signal_of(name: str) -> str | None:
-    """The canonical name of a column, None when it is nothing that the judgement follows."""
+    """The canonical name of a column, None when neither the judgement nor the diagnosis wants it."""
     known = canonical(name)
     if known is not None:
         return known.value if known in _FOLLOWED else None
@@ -106,6 +107,8 @@ def signal_of(name: str) -> str | None:
         return Signal.ABORTED_RATIO.value
     if _MISMATCH.search(name):
         return Signal.LOGPROB_DIFF.value
+    if _GPU_MEMORY.search(name):
+        return "gpu_memory"
     return None
 
 

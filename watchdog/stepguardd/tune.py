@@ -62,7 +62,8 @@ def propose(config: RewardConfig, histories: Sequence[History]) -> Proposal:
     """
     steps = sum(len(history.steps) for history in histories)
     rollouts = config.rollouts_per_step or _common([_rollouts(config, history) for history in histories])
-    base = replace(config, **_streaks(config, histories))
+    warn, hold = _streaks(config, histories)
+    base = replace(config, zero_streak_warn=warn, zero_streak_hold=hold)
     results: list[Replayed] = []
     for factor in _HOLD_BUDGETS:
         chosen = replace(base, false_alarm_steps=config.false_alarm_steps * factor)
@@ -111,18 +112,18 @@ def _common(found: Sequence[int | None]) -> int | None:
     return found[0] if len(set(found)) == 1 else None
 
 
-def _streaks(config: RewardConfig, histories: Sequence[History]) -> dict[str, int | None]:
+def _streaks(config: RewardConfig, histories: Sequence[History]) -> tuple[int | None, int | None]:
     """The plain rules about zeros, moved beyond what these runs show once they have had a success."""
-    longest = max((_longest_streak(history) for history in histories), default=0)
     warn, hold = config.zero_streak_warn, config.zero_streak_hold
-    told = {warning.reason for history in histories for warning in run(config, history).warnings}
-    held = {trip.reason for history in histories for trip in run(config, history).trips}
-    if Reason.ZERO_STREAK not in told | held:
-        return {"zero_streak_warn": warn, "zero_streak_hold": hold}
-    return {
-        "zero_streak_warn": None if warn is None else max(warn, longest + 1),
-        "zero_streak_hold": None if hold is None else max(hold, 2 * longest + 2),
-    }
+    results = [run(config, history) for history in histories]
+    reasons = {found.reason for result in results for found in (*result.trips, *result.warnings)}
+    if Reason.ZERO_STREAK not in reasons:
+        return warn, hold
+    longest = max(map(_longest_streak, histories))
+    return (
+        None if warn is None else max(warn, longest + 1),
+        None if hold is None else max(hold, 2 * longest + 2),
+    )
 
 
 def _longest_streak(history: History) -> int:

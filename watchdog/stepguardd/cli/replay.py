@@ -31,7 +31,7 @@ def replay(
         Path | None, typer.Option("--html", metavar="OUT", help="Write the curves to one page.")
     ] = None,
 ) -> None:
-    """Judge recorded runs as live ones would be. Exit code 1 when a run would have been held."""
+    """Judge recorded runs as live ones would be: what would have been held, what warned about."""
     judged_by, named = settings(config, metric)
     try:
         # Read all before judging any: a bad file is wrong use, and wrong use prints no half answer.
@@ -50,14 +50,10 @@ def replay(
         try:
             html.write_text(page(results), encoding="utf-8")
         except ModuleNotFoundError:
-            fail(
-                "--html needs plotly, which is not installed; install it with: pip install 'stepguard[daemon]'"
-            )
+            fail("--html needs plotly; install it with: pip install 'stepguard[daemon]'")
         except OSError as wrong:
             fail(f"{html}: {wrong.strerror}")
         say(f"wrote {html}")
-    if any(result.trips for result in results):
-        raise typer.Exit(1)
 
 
 def settings(config: Path | None, metric: str | None) -> tuple[RewardConfig, str | None]:
@@ -84,9 +80,8 @@ def _show(result: Replayed) -> None:
     _say(f"{size} steps of {one_line(history.metric)}{unknown}")
     for trip in result.trips:
         end = "to the end" if trip.until >= size else f"until step {history.steps[trip.until]}"
-        _say(
-            f"step {trip.step}: HOLD {trip.reason.value} ({trip.kind.value}), bad since {trip.onset_step}, {end}"
-        )
+        since = f"bad since {trip.onset_step}, {end}"
+        _say(f"step {trip.step}: HOLD {trip.reason.value} ({trip.kind.value}), {since}")
         _say(", ".join(f"{key} {value:.4g}" for key, value in trip.evidence.items()), indent=4)
     for warning in result.warnings:
         _say(f"step {warning.step}: warning {warning.reason.value}")

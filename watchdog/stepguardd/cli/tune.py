@@ -73,10 +73,6 @@ def _show(found: Proposal, files: int) -> None:
     for key, value in _keys(found).items():
         typer.echo(f"{key} = {value}")
     typer.echo(f"# On these runs: {found.holds} false holds, {found.warnings} warnings.")
-    typer.echo("# Expected in a million healthy steps:")
-    typer.echo(
-        f"#   holds    {found.holds_per_million:.3g}   (these runs alone prove: at most {found.holds_bound:.3g})"
-    )
-    typer.echo(
-        f"#   warnings {found.warnings_per_million:.3g}   (these runs alone prove: at most {found.warnings_bound:.3g})"
-    )
+    typer.echo("# Expected in a million healthy steps, and what these runs alone can prove:")
+    typer.echo(f"#   false holds    {found.holds_per_million:.3g}, at most {found.holds_bound:.3g}")
+    typer.echo(f"#   false warnings {found.warnings_per_million:.3g}, at most {found.warnings_bound:.3g}")
