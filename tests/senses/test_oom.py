@@ -2,11 +2,9 @@
 
 import itertools
 import json
-import os
 import select
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from requirements import require
+from senses.memory_cgroups import limited_memory_cgroup
 from stepguardd.sources import kmsg
 from stepguardd.sources.cgroups import (
     KillAlarm,
@@ -312,40 +311,8 @@ def test_no_journal_entry_is_trouble(fields):
 
 @pytest.fixture
 def limited_cgroup() -> Iterator[MemoryCgroup]:
-    """A cgroup with a memory limit of 64 MB, in whichever version this machine lets root make one."""
-    if os.geteuid() != 0:
-        require("oom", "making a memory cgroup needs root")
-    name = f"stepguard-test-{os.getpid()}"
-    tried = []
-    for version, root, limit in [
-        (1, Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
-        (2, Path("/sys/fs/cgroup"), "memory.max"),
-    ]:
-        folder = root / name
-        try:
-            if version == 2:
-                (root / "cgroup.subtree_control").write_text("+memory")
-            folder.mkdir()
-        except OSError as refused:
-            tried.append(f"{root}: {refused.strerror}")
-            continue
-        try:
-            (folder / limit).write_text(str(64 << 20))
-            if version == 2:
-                (folder / "memory.swap.max").write_text("0")
-        except OSError as refused:
-            folder.rmdir()
-            tried.append(f"{folder / limit}: {refused.strerror}")
-            continue
-        yield MemoryCgroup(name=f"/{name}", folder=folder, version=version)
-        for _ in range(100):
-            try:
-                folder.rmdir()
-                return
-            except OSError:
-                time.sleep(0.05)
-        raise AssertionError(f"{folder} could not be removed")
-    require("oom", f"no memory cgroup can be made here ({'; '.join(tried)})")
+    with limited_memory_cgroup(64 << 20) as cgroup:
+        yield cgroup
 
 
 EATER = """
