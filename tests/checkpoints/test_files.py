@@ -86,19 +86,26 @@ def _sound(path: Path) -> bool:
     st.integers(1, 3 * files.CHUNK_BYTES // 2 + 5),
     st.floats(0, 1, exclude_max=True),
     st.sampled_from(["nan", "inf", "-inf"]),
+    st.sampled_from([0.0, 100.0, -100.0]),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_one_bad_number_anywhere_in_a_large_tensor_is_found_and_its_tensor_named(
-    tmp_path_factory: pytest.TempPathFactory, count: int, place: float, what: str
+    tmp_path_factory: pytest.TempPathFactory, count: int, place: float, what: str, around: float
 ) -> None:
-    """Also across the borders of the pieces in which a file is read."""
+    """
+    Also across the borders of the pieces in which a file is read, and among numbers that the quick look stops
+    at.
+    """
     path = tmp_path_factory.getbasetemp() / "large.safetensors"
-    values = torch.zeros(count, dtype=torch.float16)
+    values = torch.full((count,), around, dtype=torch.float16)
     values[int(place * count)] = float(what)
     save_file({"before": torch.zeros(3, dtype=torch.float16), "it": values, "after": torch.zeros(2)}, path)
     with pytest.raises(BadFileError, match="tensor it"):
         files.check_safetensors(path, FULL)
     files.check_safetensors(path, STRUCTURE)
+    values[int(place * count)] = around
+    save_file({"it": values}, path)
+    files.check_safetensors(path, FULL)
 
 
 def test_integers_that_look_like_nan_are_no_objection(tmp_path: Path) -> None:
