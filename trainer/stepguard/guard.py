@@ -39,6 +39,7 @@ T = TypeVar("T")
 RUN_DIR_VARIABLE: Final = "STEPGUARD_RUN_DIR"
 _PASSING: Final = (StopRequested, RollbackRequested)
 _ANNOUNCED_MAX: Final = 64
+_TRAIN: Final = Phase.TRAIN  # looking it up on the enum costs as much as the clock
 
 
 class Guard:
@@ -263,7 +264,7 @@ class Guard:
             self._before_step_slowly(step)
         presence = self._presence
         presence.step = step
-        presence.phase = Phase.TRAIN
+        presence.phase = _TRAIN
         presence.progress += 1  # on the page with the next beat or call: a store here would cost a tenth more
         try:
             self._link.out_words[STEP_PHASE_WORD] = (
