@@ -238,6 +238,8 @@ class Guard:
             verdict, tally, refused = judged()
         reason = self._ranks.share(answer.refused if refused is None else refused.value)
         self._refused = reason
+        # Without `gather` nobody says when rollouts begin: those of the next batch, not before this moment.
+        self._admitted_s = self._clock_ns() / 1e9
         if reason is not None:
             self._obedience.go_sequence = -1
             self._logger.warning("the batch of step %s is refused: %s", step, reason)
@@ -439,7 +441,7 @@ class Guard:
             "refused": None if refused is None else refused.value,
             "began": self._admitted_s if self._began_s is None else self._began_s,
         }
-        self._began_s, self._admitted_s = None, self._clock_ns() / 1e9
+        self._began_s = None
         return Jury(
             report=report,
             link=self._link,

@@ -18,6 +18,7 @@ from typing import IO, Final
 
 from stepguard.gate import PATH_BYTES_MAX, GateError
 from stepguard.settings import FILE_NAME as GUARD_SETTINGS_FILE
+from stepguard.settings import GuardSettings
 
 from . import clock, proc, status
 from .config import Config
@@ -188,7 +189,7 @@ class Daemon:
                 self._refuse_strangers()
             self.gate = GateWriter(run.run_dir / "gate")
             guard = run.run_dir / GUARD_SETTINGS_FILE
-            guard.write_text(self.config.guard.for_trainer().to_json())
+            guard.write_text(self._guard_settings().to_json())
             self._reports = ReportSocket(run.run_dir / "reports.sock", self._reported)
         except (JournalError, GateError) as error:
             raise DaemonError(str(error)) from error
@@ -202,6 +203,15 @@ class Daemon:
         for index, settings in enumerate(self.config.servers):
             self._servers[settings.name] = WatchedServer(run.name, self.config, index, self.feed)
         return restored.unfinished
+
+    def _guard_settings(self) -> GuardSettings:
+        """What the trainer's guard goes by; in shadow nothing is refused or held, by the guard either."""
+        settings = self.config.guard.for_trainer()
+        if self.config.run.mode != Mode.SHADOW.value:
+            return settings
+        return replace(
+            settings, max_failed_fraction=1.0, max_refused_batches=1_000_000_000, on_daemon_lost="continue"
+        )
 
     def _take_lock(self, path: Path) -> None:
         try:
