@@ -68,8 +68,8 @@ def test_a_rollback_tells_a_person_what_it_did_and_how_to_undo_it(a_run) -> None
     VERL.spoil(root, 30)
     done = stepguard("rollback", root, "--before", 31)
     assert done.exit_code == 0
-    assert "Not step 30: is bad:" in done.stdout
-    assert "Went back to step 20" in done.stdout
+    assert "Refused: step 30 is bad:" in done.stdout
+    assert "Went back to step 20." in done.stdout
     assert "latest_checkpointed_iteration.txt: 30 -> 20" in done.stdout
     assert done.stdout.splitlines()[-1] == f"Undo with: {undo_command(root)}"
     assert (root / QUARANTINE).is_dir()
@@ -83,6 +83,12 @@ def test_with_nothing_good_left_it_says_so_and_exits_one(a_run) -> None:
     assert done.exit_code == 1
     assert "no good checkpoint before step 10" in done.stderr
     assert not (root / QUARANTINE).exists()
+
+
+def test_without_a_command_it_explains_itself() -> None:
+    done = stepguard()
+    assert done.exit_code == 0
+    assert "verify" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def may_be_chosen(step: int | None, before_step: int) -> bool:
 def explain(choice: Choice) -> Sequence[str]:
     """One line per refusal, newest first, for a report."""
     return [
-        f"{'step ' + str(refused.step) if refused.step is not None else refused.path}: {refused.detail}"
+        f"{'step ' + str(refused.step) if refused.step is not None else refused.path} {refused.detail}"
         for refused in choice.refused
     ]
 

@@ -8,6 +8,7 @@ it never asks, because `stepguard rollback --undo` brings everything back. Exit 
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -39,7 +40,7 @@ from stepguardd.cli.output import console, fail, print_json, say
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(rich_markup_mode=None)
 
 # A bar appears only for what takes longer than this.
 QUIET_S = 2.0
@@ -66,6 +67,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and 
 Bandwidth = Annotated[
     int | None, typer.Option(metavar="MIB", min=1, help="Read at most this many MiB a second.")
 ]
+
+
+@app.callback(invoke_without_command=True)
+def _group(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command("list")
@@ -257,20 +264,19 @@ def _rollback_json(folder: Folder, outcome: OfflineRollback) -> dict[str, object
 
 def _tell(folder: Folder, outcome: OfflineRollback, before: int, *, dry_run: bool) -> None:
     for line in explain(outcome.choice):
-        typer.echo(f"Not {line}.")
+        typer.echo(textwrap.fill(f"Refused: {line}.", 80, subsequent_indent="  ", break_on_hyphens=False))
     plan = outcome.plan
     if plan is None:
         say(f"no good checkpoint before step {before} in {folder.root}; nothing was touched")
         return
     would = "Would go" if dry_run else "Went"
-    typer.echo(
-        f"{would} back to step {plan.chosen_step}: {outcome.choice.chosen and outcome.choice.chosen.path}"
-    )
+    typer.echo(f"{would} back to step {plan.chosen_step}.")
     if plan.empty:
         typer.echo("The folder already stands there: nothing to do.")
         return
     steps = ", ".join(str(step) for step in plan.from_steps) or "nothing"
-    typer.echo(f"Set aside in quarantine/{plan.name}: {steps}")
+    aside = "Would be set aside" if dry_run else "Set aside"
+    typer.echo(f"{aside} in quarantine/{plan.name}: {steps}")
     for marker in plan.markers:
         typer.echo(f"{marker.path}: {_marker_words(marker.before)} -> {_marker_words(marker.after)}")
     if not dry_run:
