@@ -12,11 +12,15 @@ from stepguardd.cli.output import bad_news, fail, print_json, say
 from stepguardd.demo.conduct import DemoError, Plan, Progress, conduct
 from stepguardd.demo.faults import SCENARIOS, Fault
 from stepguardd.demo.outcome import Figures, as_expected, report
+from stepguardd.demo.servers import ServerKind, ServerMissingError, server_program
 from stepguardd.demo.view import View
 
 
 def demo(
     fault: Annotated[Fault, typer.Option("--fault", help="What goes wrong.")] = Fault.KILL,
+    server: Annotated[
+        ServerKind, typer.Option("--server", help="What makes the rollouts; sglang needs `make sglang`.")
+    ] = ServerKind.EMBEDDED,
     steps: Annotated[int, typer.Option("--steps", min=40, max=5000, help="Optimizer steps.")] = 150,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the model, the data and the sampling.")] = 0,
     compare: Annotated[
@@ -35,11 +39,18 @@ def demo(
     """
     A real training run with a real fault, protected.
 
-    A small Llama learns a task by GRPO in about a minute; its rollouts come from an SGLang-compatible server.
+    A small Llama learns a task by GRPO in about a minute; its rollouts come from an SGLang-compatible server,
+    or with --server sglang from a real one.
     Once the reward has risen the fault is injected, with real signals to real processes.
     Exit code 0: Stepguard did what this fault's scenario promises; 1: it did not.
     """
     scenario = SCENARIOS[fault]
+    if fault is Fault.DETOKENIZER and server is not ServerKind.SGLANG:
+        fail("--fault detokenizer: only a real server has one; add --server sglang")
+    try:
+        server_program(server)
+    except ServerMissingError as error:
+        fail(f"--server {server.value}: {error}")
     root = (folder or Path("demo-runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{fault.value}").absolute()
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -50,7 +61,13 @@ def demo(
     view = View(scenario, plain=no_ui or as_json or not sys.stderr.isatty(), picture=picture)
     fixed = round(0.5 * steps) if fault is Fault.TRAJECTORY else None
     plan = Plan(
-        scenario=scenario, root=root / "guarded", guarded=True, steps=steps, seed=seed, fault_step=fixed
+        scenario=scenario,
+        root=root / "guarded",
+        guarded=True,
+        steps=steps,
+        seed=seed,
+        fault_step=fixed,
+        server=server,
     )
     try:
         with view:
@@ -64,6 +81,7 @@ def demo(
                     steps=steps,
                     seed=seed,
                     fault_step=first.fault_step,
+                    server=server,
                 )
                 _, unguarded = _run(second, view)
             view.conclude(guarded, unguarded)

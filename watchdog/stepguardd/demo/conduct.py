@@ -28,12 +28,12 @@ from stepguard_grpo.model import write_base_model
 from .. import proc
 from ..control.client import ControlClient, ControlError, NoDaemonError
 from ..control.contract import SOCKET_NAME
-from .faults import Fault, Scenario, strike
+from .faults import PAUSE_S, Fault, Scenario, continue_generation, pause_generation, strike
 from .outcome import Figures, figures
+from .servers import ServerKind, ServerMissingError, ServerProgram, server_program
 from .supervisor import Supervisor
 
 POLL_S: Final = 0.1
-SERVER_TIMEOUT_S: Final = 90.0
 END_TIMEOUT_S: Final = 15.0
 UNGUARDED_AFTER_FAULT_S: Final = 60.0
 RISEN: Final = 0.7
@@ -56,6 +56,8 @@ class Plan:
     steps: int
     seed: int
     fault_step: int | None = None
+    server: ServerKind = ServerKind.EMBEDDED
+    pause_mode: str = "in_place"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -126,6 +128,9 @@ class Arena:
         self.run_dir: Path | None = None
         self._stack = ExitStack()
         self._port = _free_port()
+        self._url = f"http://127.0.0.1:{self._port}"
+        self._program = _program(plan.server)
+        self._continue_at: float | None = None
         self._trainer: subprocess.Popen[bytes]
         self._client: ControlClient | None = None
         self._supervisor: Supervisor | None = None
@@ -154,7 +159,10 @@ class Arena:
         scenario = self._scenario
         if not self._plan.guarded or scenario.supervised:
             self._supervisor = Supervisor(
-                self._server_command(), self.root / "server.log", restart=scenario.supervised
+                self._server_command(),
+                self.root / "server.log",
+                restart=scenario.supervised,
+                environment=self._program.environment,
             )
             self._stack.callback(self._supervisor.stop)
             self._supervisor.start()
@@ -171,30 +179,28 @@ class Arena:
         self._trainer = self._spawn(self._trainer_command(), "trainer.log", environment)
 
     def _server_command(self) -> list[str]:
-        base = str(self.run_root / "base")
-        return [
-            sys.executable,
-            "-m",
-            "stepguard_grpo.server",
-            "--model-path",
-            base,
-            "--port",
-            str(self._port),
-        ]
+        return self._program.command(self.run_root / "base", self._port)
 
     def _trainer_command(self) -> list[str]:
         plan, scenario = self._plan, self._scenario
         command = [sys.executable, "-m", "stepguard_grpo.train"]
-        command += ["--server-url", f"http://127.0.0.1:{self._port}", "--run-root", str(self.run_root)]
+        command += ["--server-url", self._url, "--run-root", str(self.run_root)]
         command += ["--steps", str(plan.steps), "--seed", str(plan.seed), "--no-resume"]
-        command += ["--weight-sync", scenario.weight_sync]
+        command += ["--weight-sync", self._weight_sync]
         command += ["--failures", scenario.failures if plan.guarded else "zero"]
         command += ["--guard" if plan.guarded else "--no-guard"]
         if scenario.fault is Fault.HANG:
             command += ["--request-timeout-s", "5"]
+        if scenario.fault is Fault.PAUSE:
+            command += ["--request-timeout-s", str(4 * PAUSE_S)]
         if scenario.fault is Fault.TRAJECTORY and plan.fault_step is not None:
             command += ["--raise-in-rollout", str(plan.fault_step)]
         return command
+
+    @property
+    def _weight_sync(self) -> str:
+        """A real server's group wants NCCL: there the trainer pushes over disk instead."""
+        return "disk" if self._program.kind is ServerKind.SGLANG else self._scenario.weight_sync
 
     def _start_daemon(self) -> None:
         assert self.run_dir is not None
@@ -229,19 +235,25 @@ class Arena:
             'servers_on_stop = "stop"',
             "[server]",
             'name = "sglang"',
-            f'url = "http://127.0.0.1:{self._port}"',
+            f'url = "{self._url}"',
             f'backend = "{backend}"',
         ]
         if backend == "process":
             lines.append(f"command = {json.dumps(self._server_command())}")
             lines.append(f"log = {json.dumps(str(self.root / 'server.log'))}")
+            variables = self._program.environment.items()
+            lines.append(
+                f"env = {{ {', '.join(f'{name} = {json.dumps(value)}' for name, value in variables)} }}"
+            )
+            lines.append(f"start_timeout_s = {self._program.start_timeout_s}")
         lines += ["[checkpoints]", f"dir = {json.dumps(str(self.run_root / 'checkpoints'))}"]
         lines += ["[stream]", f"wandb_dir = {json.dumps(str(self.run_root / 'wandb'))}"]
         lines += ["[weights]"]
-        if self._scenario.weight_sync == "disk":
-            lines += ['sync = "disk"', f"path = {json.dumps(str(weights))}"]
-        else:
+        if self._scenario.weight_sync != "disk":
+            # Only the trainer can give a restarted server its weights.
             lines += ['sync = "nccl"']
+        else:
+            lines += ['sync = "disk"', f"path = {json.dumps(str(weights))}"]
         return "\n".join(lines) + "\n"
 
     def _spawn(self, command: list[str], log: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -260,7 +272,7 @@ class Arena:
         return child
 
     def _await_server(self, up: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + SERVER_TIMEOUT_S
+        deadline = time.monotonic() + self._program.start_timeout_s
         while not up():
             if time.monotonic() > deadline:
                 raise DemoError(f"the server did not come up; see {self.root / 'server.log'}")
@@ -313,6 +325,7 @@ class Arena:
     def maybe_strike(self, progress: Progress) -> None:
         """Inject the fault once the reward has risen, or at the step that the other run chose."""
         fault = self._scenario.fault
+        self._maybe_continue(progress)
         if progress.fault_step is not None or fault is Fault.NONE or not progress.records:
             return
         step = progress.records[-1].step
@@ -325,9 +338,20 @@ class Arena:
         pid = self._server_pid if self._supervisor is None else self._supervisor.pid
         if pid is None:
             return
-        progress.struck_at = strike(fault, pid)
+        if fault is Fault.PAUSE:
+            progress.struck_at = pause_generation(self._url, self._plan.pause_mode)
+            self._continue_at = progress.struck_at + PAUSE_S
+        else:
+            progress.struck_at = strike(fault, pid)
         progress.fault_step = step
         progress.events.append(f"fault: {self._scenario.story}, after step {step}")
+
+    def _maybe_continue(self, progress: Progress) -> None:
+        """End the pause when its time has come."""
+        if self._continue_at is not None and time.monotonic() >= self._continue_at:
+            self._continue_at = None
+            continue_generation(self._url)
+            progress.events.append("the server was told to continue")
 
     def _due(self, progress: Progress, step: int) -> bool:
         if self._plan.fault_step is not None:
@@ -360,6 +384,13 @@ class Arena:
             record = json.loads((self.run_root / "run_record.json").read_text())
             return str(record.get("error") or f"exit code {code}")
         return f"exit code {code}; see {self.root / 'trainer.log'}"
+
+
+def _program(kind: ServerKind) -> ServerProgram:
+    try:
+        return server_program(kind)
+    except ServerMissingError as error:
+        raise DemoError(f"--server {kind.value}: {error}") from None
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

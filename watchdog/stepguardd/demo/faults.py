@@ -7,10 +7,17 @@ same clock that the daemon uses.
 
 import os
 import signal
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
+
+import httpx
 
 from .. import clock, proc
+
+PAUSE_S: Final = 8.0
+_CALL_TIMEOUT_S: Final = 10.0
 
 
 class Fault(StrEnum):
@@ -21,6 +28,8 @@ class Fault(StrEnum):
     STALE = "stale"
     ZEROS = "zeros"
     TRAJECTORY = "trajectory"
+    DETOKENIZER = "detokenizer"
+    PAUSE = "pause"
     NONE = "none"
 
 
@@ -90,6 +99,20 @@ SCENARIOS: dict[Fault, Scenario] = {
         restarts=0,
         holds=0,
     ),
+    Fault.DETOKENIZER: Scenario(
+        fault=Fault.DETOKENIZER,
+        story="SIGKILL to the server's detokenizer",
+        expected="hold, one restart, weights pushed, no garbage step",
+        restarts=1,
+        holds=1,
+    ),
+    Fault.PAUSE: Scenario(
+        fault=Fault.PAUSE,
+        story=f"somebody pauses the server's generation for {PAUSE_S:g} s",
+        expected="the run waits, no hold, no restart",
+        restarts=0,
+        holds=0,
+    ),
     Fault.NONE: Scenario(
         fault=Fault.NONE,
         story="nothing goes wrong",
@@ -105,22 +128,50 @@ def strike(fault: Fault, server_pid: int) -> float | None:
     Do it.
 
     Args:
-        fault: what to do to the server; a `trajectory` is the trainer's own doing.
+        fault: what to do to the server; a `trajectory` is the trainer's own doing, a `pause` a call.
         server_pid: the server's parent process, one of the demo's own.
 
     Returns:
-        The moment, in monotonic seconds; None when this fault is not done to a server.
+        The moment, in monotonic seconds; None when this fault is not done to a process.
 
     Raises:
-        ProcessLookupError: the server has no scheduler to strike.
+        ProcessLookupError: the server has no such process to strike.
 
     """
-    if fault in {Fault.NONE, Fault.TRAJECTORY}:
+    if fault in {Fault.NONE, Fault.TRAJECTORY, Fault.PAUSE}:
         return None
-    schedulers = [known for known in proc.tree(server_pid) if known.role == "scheduler"]
-    if not schedulers:
-        raise ProcessLookupError(f"the server (pid {server_pid}) has no scheduler to strike")
+    role = "detokenizer" if fault is Fault.DETOKENIZER else "scheduler"
+    struck = [known for known in proc.tree(server_pid) if known.role == role]
+    if not struck:
+        raise ProcessLookupError(f"the server (pid {server_pid}) has no {role} to strike")
     what = signal.SIGSTOP if fault is Fault.HANG else signal.SIGKILL
     at = clock.monotonic()
-    os.kill(schedulers[0].pid, what)
+    os.kill(struck[0].pid, what)
     return at
+
+
+def pause_generation(url: str, mode: str) -> float:
+    """
+    Ask a server to pause, as somebody else's script would; returns the moment, in monotonic seconds.
+
+    Args:
+        url: the server.
+        mode: SGLang's: `abort`, `in_place` or `retract`.
+
+    Raises:
+        httpx.HTTPError: it did not.
+
+    """
+    at = clock.monotonic()
+    _post(url, "/pause_generation", {"mode": mode})
+    return at
+
+
+def continue_generation(url: str) -> None:
+    """Ask it to go on; httpx.HTTPError when it did not."""
+    _post(url, "/continue_generation", {})
+
+
+def _post(url: str, path: str, body: Mapping[str, str]) -> None:
+    with httpx.Client(base_url=url, timeout=_CALL_TIMEOUT_S, trust_env=False) as http:
+        http.post(path, json=body).raise_for_status()

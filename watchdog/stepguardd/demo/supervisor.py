@@ -4,9 +4,10 @@ Somebody else's supervisor, as small as they come: it starts a server and starts
 It stands for a container's restart policy. It knows nothing of weights: what comes back is the base model.
 """
 
+import os
 import subprocess
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -23,10 +24,19 @@ class Supervisor:
         command: the server's program and arguments.
         log: where its output goes.
         restart: whether to start it again when it ends.
+        environment: variables beside the caller's own.
 
     """
 
-    def __init__(self, command: Sequence[str], log: Path, *, restart: bool) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        log: Path,
+        *,
+        restart: bool,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self._environment = {**os.environ, **(environment or {})}
         self._command = list(command)
         self._log = log
         self._restart = restart
@@ -75,6 +85,7 @@ class Supervisor:
                 return
             self._child = subprocess.Popen(
                 self._command,
+                env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
