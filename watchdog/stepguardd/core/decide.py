@@ -228,7 +228,7 @@ def _on_batch(turn: Turn, event: BatchReported) -> None:
         refusal = _reward_verdict(turn, event)
     elif refusal is Reason.STALE_WEIGHTS:
         for server in turn.state.servers:
-            recovery.suspect(turn, server, fleet.Suspicion(reason=refusal, remedy=fleet.Remedy.RESYNC))
+            recovery.suspect(turn, server, fleet.Suspicion(reason=refusal, remedy=fleet.Remedy.RECHECK))
     in_a_row = trainer.refused_in_a_row + 1 if event.refused is not None else 0
     if in_a_row >= state.settings.max_refused_batches and _healthy(turn.state) and turn.state.trip is None:
         _trip(turn, Reason.ROLLOUTS_FAILED, kind="unknown", step=event.step, onset=event.step)
@@ -364,7 +364,7 @@ def _trip(
     evidence: tuple[tuple[str, float], ...] = (),
 ) -> None:
     """No step on this: hold, and look at every server, since a reward alone names no culprit."""
-    relapse = turn.state.phase is Phase.HALF_OPEN
+    relapse = turn.state.phase is Phase.HALF_OPEN and reason is not Reason.ROLLOUTS_FAILED
     turn.state = replace(
         turn.state,
         trip=Trip(reason=reason, kind=kind, step=step, onset_step=onset, since=turn.now, evidence=evidence),

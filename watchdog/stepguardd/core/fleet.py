@@ -29,6 +29,7 @@ class Remedy(Enum):
     CONTINUE = "continue"  # it is stopped: SIGCONT first
     WATCH = "watch"  # hold; restart only if it lasts
     RESYNC = "resync"  # it lives, with the wrong weights
+    RECHECK = "recheck"  # rollouts had the wrong weights: the next probe tells whose
     VERIFY = "verify"  # a dead one came back: prove it before it serves
 
 

@@ -41,6 +41,13 @@ def suspect(turn: Turn, server: Server, suspicion: Suspicion) -> None:
         case Remedy.RESYNC:
             if server.repair is None and server.state in _ALIVE:
                 _weights(turn, _begun(turn, server, suspicion.reason, Stage.WEIGHTS, ServerState.STALE))
+        case Remedy.RECHECK:
+            if server.repair is None and server.state in _ALIVE:
+                server = replace(server, weight_version=None)
+                server = _begun(turn, server, suspicion.reason, Stage.WEIGHTS, ServerState.STALE)
+                assert server.repair is not None
+                again_at = turn.now + 2 * turn.state.settings.interval_s
+                turn.put(replace(server, repair=replace(server.repair, again_at=again_at)))
         case Remedy.VERIFY:
             if server.repair is None or server.repair.stage in _SOFT:
                 server = _returned(turn, server, suspicion.reason)
@@ -149,7 +156,11 @@ def probed(turn: Turn, server: Server, event: ServerProbed) -> None:
     if repair.stage is Stage.READY and up and (server.procs or not server.managed):
         _canary(turn, server)
     elif repair.stage is Stage.WEIGHTS and repair.intent is None:
-        _weights(turn, server)
+        if event.model_info is Answer.OK and not repair.push_failed:
+            server = replace(server, repair=replace(repair, again_at=None))
+            turn.put(server)
+        if event.model_info is Answer.OK or _again(turn, repair):
+            _weights(turn, server)
 
 
 def sampled(turn: Turn, server: Server, event: TreeSampled) -> None:

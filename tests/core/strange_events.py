@@ -1,0 +1,158 @@
+"""Events as no sane world sends them, and worlds brought into any state: for the properties."""
+
+import math
+
+from hypothesis import strategies as st
+
+from stepguardd.core.events import (
+    Answer,
+    BatchReported,
+    CheckpointSaved,
+    DaemonStarted,
+    EffectEnded,
+    Event,
+    OperatorAsked,
+    OrderAcknowledged,
+    Proc,
+    ProcessExited,
+    RewardLogged,
+    ServerProbed,
+    StepCommitted,
+    Tick,
+    TrainerExited,
+    TrainerSeen,
+    TreeSampled,
+    TreeSeen,
+)
+
+NAMES = ("a", "b", "nobody")
+ORDERS = ("GO", "HOLD", "RESYNC", "ROLLBACK", "SAVE", "STOP", "DANCE")
+VERSIONS = (None, "v0", "v1", "7", "8", "", "base", "é\U0001f600")
+
+names = st.sampled_from(NAMES)
+versions = st.sampled_from(VERSIONS)
+small = st.integers(min_value=0, max_value=12)
+counts = st.one_of(small, st.sampled_from([10**6, 2**62]))
+rewards = st.one_of(
+    st.none(),
+    st.sampled_from([0.0, -0.0, 1.0, 0.7, math.nan, math.inf, -math.inf, -1e308, 1e308, 5e-324]),
+    st.floats(min_value=-2, max_value=2),
+)
+metrics = st.dictionaries(
+    st.sampled_from(["loss", "grad_norm", "entropy", "kl", "aborted_ratio", "logprob_diff", "other"]),
+    st.one_of(st.floats(allow_nan=True), st.just(0.1)),
+    max_size=4,
+)
+procs = st.lists(
+    st.builds(
+        Proc,
+        pid=st.integers(min_value=1, max_value=6),
+        start_ticks=st.integers(min_value=1, max_value=2),
+        role=st.sampled_from(["server", "scheduler", "child", "detokenizer", "resource_tracker"]),
+    ),
+    max_size=4,
+    unique_by=lambda known: known.pid,
+).map(tuple)
+answers = st.sampled_from(list(Answer))
+intents = st.builds(
+    lambda number, what: f"{number}-{what}",
+    st.integers(min_value=1, max_value=40),
+    st.sampled_from(["start", "stop", "canary", "push", "continue", "find-checkpoint", "?"]),
+)
+
+events: st.SearchStrategy[Event] = st.one_of(
+    st.just(Tick()),
+    st.builds(
+        DaemonStarted,
+        gate_order=st.sampled_from(ORDERS),
+        gate_generation=st.integers(min_value=0, max_value=60),
+        judged_batch=small,
+    ),
+    st.builds(TreeSeen, server=names, procs=procs),
+    st.builds(
+        ProcessExited,
+        server=names,
+        proc=procs.filter(bool).map(lambda found: found[0]),
+        code=st.one_of(st.none(), st.just(-9)),
+    ),
+    st.builds(
+        TreeSampled,
+        server=names,
+        stopped=st.lists(st.integers(min_value=1, max_value=6), max_size=3).map(tuple),
+        cpu_s=st.sampled_from([0.0, 1.0, 2.0, 1e9, math.nan, -1.0]),
+    ),
+    st.builds(
+        ServerProbed,
+        server=names,
+        ready=answers,
+        model_info=answers,
+        metrics=answers,
+        weight_version=versions,
+        running=st.one_of(st.none(), small),
+        tokens=st.one_of(st.none(), counts),
+    ),
+    st.builds(
+        TrainerSeen,
+        pid=st.integers(min_value=1, max_value=3),
+        attempt=st.integers(min_value=0, max_value=3),
+        step=st.one_of(st.none(), counts),
+        phase=st.sampled_from(["ROLLOUT", "HELD", "TRAIN", "UNKNOWN"]),
+        beats=small,
+        progress=small,
+        acked_generation=small,
+        weight_version=versions,
+        handles_resync=st.booleans(),
+        handles_rollback=st.booleans(),
+        handles_save=st.booleans(),
+    ),
+    st.builds(TrainerExited, pid=st.integers(min_value=1, max_value=3)),
+    st.builds(
+        BatchReported,
+        attempt=st.integers(min_value=0, max_value=3),
+        step=counts,
+        batch=st.integers(min_value=0, max_value=60),
+        ok=counts,
+        failed=counts,
+        reward=rewards,
+        reward_std=rewards,
+        reward_min=rewards,
+        reward_max=rewards,
+        stale=small,
+        refused=st.sampled_from([None, None, None, "failed_fraction", "stale_weights", "no_group", "?"]),
+        began=st.one_of(st.none(), st.sampled_from([0.0, 1e12, math.nan, -math.inf])),
+    ),
+    st.builds(
+        StepCommitted,
+        attempt=small,
+        step=counts,
+        reward=rewards,
+        weight_version=versions,
+        metrics=metrics,
+    ),
+    st.builds(CheckpointSaved, attempt=small, step=counts, path=st.sampled_from(["/c", "", "/é\0"])),
+    st.builds(
+        OrderAcknowledged,
+        generation=st.integers(min_value=0, max_value=80),
+        order=st.sampled_from(ORDERS),
+        ok=st.booleans(),
+    ),
+    st.builds(RewardLogged, step=counts, reward=rewards, metrics=metrics),
+    st.builds(
+        EffectEnded,
+        intent=intents,
+        ok=st.booleans(),
+        procs=procs,
+        target_step=st.one_of(st.none(), counts),
+        target_path=st.sampled_from([None, "/c/1"]),
+    ),
+    st.builds(
+        OperatorAsked,
+        verb=st.sampled_from(["pause", "resume", "rollback", "restart-server", "mode", "ack", "dance"]),
+        who=st.just("ada"),
+        why=st.sampled_from(["", "why not"]),
+        server=st.sampled_from([None, *NAMES]),
+        before_step=st.one_of(st.none(), st.integers(min_value=-5, max_value=10)),
+        mode=st.sampled_from([None, "shadow", "hold", "act", "?"]),
+    ),
+)
+gaps = st.sampled_from([0.0, 0.0, 0.01, 0.25, 1.0, 3.5, 11.0, 70.0, 700.0, 4000.0])

@@ -1,0 +1,530 @@
+"""
+A run in miniature: servers, a trainer and a clock, all of them fakes, around the real `decide`.
+
+It promises the same run for the same calls. Effects take the time that the fakes say; probes, samples and the
+trainer's page come at the daemon's own intervals; every decision is looked at by `Promises`.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from ..core.commands import (
+    Command,
+    ContinueServer,
+    Effect,
+    Notify,
+    PrepareRollback,
+    PublishGate,
+    PushWeights,
+    RunCanary,
+    StartServer,
+    StopServer,
+)
+from ..core.decide import decide
+from ..core.events import (
+    Answer,
+    BatchReported,
+    DaemonStarted,
+    EffectEnded,
+    Event,
+    OperatorAsked,
+    OrderAcknowledged,
+    Proc,
+    ProcessExited,
+    ServerProbed,
+    StepCommitted,
+    Tick,
+    TrainerSeen,
+    TreeSampled,
+    TreeSeen,
+)
+from ..core.state import Gate, GateOrder, Mode, Server, Settings, State, initial
+from .promises import Promises
+
+TICK_S = 0.25
+SAMPLE_S = 0.5
+PROBE_S = 1.0
+PAGE_S = 1.0
+TREE_S = 5.0
+
+C = TypeVar("C", bound=Command)
+
+
+@dataclass(slots=True, kw_only=True)
+class FakeServer:
+    """
+    A server as the daemon can see it. Change its fields to break it.
+
+    Args:
+        name: as in the config.
+        managed: whether Stepguard may start and end it.
+        version: the weights that it says it serves; None where it does not say.
+        base_version: what it serves after a start.
+        stop_s, start_s, load_s, canary_s, push_s: how long each takes.
+        can_start, can_stop, can_generate, can_load: whether each succeeds.
+        paused: `/ready` says 503.
+        listens: whether its port answers.
+        frozen: it has requests, and no token comes.
+        busy: its processes use CPU.
+        cont_helps: whether SIGCONT wakes it.
+
+    """
+
+    name: str
+    managed: bool = True
+    version: str | None = "base"
+    base_version: str | None = "base"
+    stop_s: float = 0.5
+    start_s: float = 0.25
+    load_s: float = 2.0
+    canary_s: float = 0.25
+    push_s: float = 0.5
+    can_start: bool = True
+    can_stop: bool = True
+    can_generate: bool = True
+    can_load: bool = True
+    paused: bool = False
+    listens: bool = True
+    frozen: bool = False
+    busy: bool = True
+    cont_helps: bool = True
+    running: int = 0
+    tokens: int = 0
+    cpu_s: float = 0.0
+    stopped: bool = False
+    procs: tuple[Proc, ...] = ()
+    starts: list[str] = field(default_factory=list)
+    serving_from: float = 0.0
+
+    def spawn(self, now: float, intent: str = "by hand") -> None:
+        """Start its processes; it answers after `load_s`."""
+        number = len(self.starts) + 1
+        self.starts.append(intent)
+        root = 1000 * number + 10 * (len(self.name) + sum(map(ord, self.name)))
+        self.procs = (
+            Proc(pid=root, start_ticks=number, role="server"),
+            Proc(pid=root + 1, start_ticks=number, role="scheduler"),
+        )
+        self.version, self.stopped, self.frozen, self.paused = self.base_version, False, False, False
+        self.tokens, self.running, self.serving_from = 0, 0, now + self.load_s
+
+    def up(self, now: float) -> bool:
+        """Whether its port answers."""
+        return self.listens and bool(self.procs) and now >= self.serving_from
+
+    def generates(self, now: float) -> bool:
+        """Whether a request gets tokens."""
+        return self.up(now) and self.can_generate and not (self.stopped or self.frozen or self.paused)
+
+
+@dataclass(slots=True, kw_only=True)
+class FakeTrainer:
+    """
+    A trainer with a guard. It obeys what the gate says, at once unless `listens` is False.
+
+    Args:
+        version: the weights that it holds and has announced.
+        handles_resync, handles_rollback, handles_save: which handlers it registered.
+        listens: False in a long step, in which no guard call looks at the gate.
+        can_resync: whether its handler succeeds.
+
+    """
+
+    pid: int = 77
+    attempt: int = 0
+    step: int = 0
+    batch: int = 0
+    phase: str = "ROLLOUT"
+    version: str | None = "v0"
+    beats: int = 0
+    acked: int = 0
+    handles_resync: bool = True
+    handles_rollback: bool = True
+    handles_save: bool = True
+    listens: bool = True
+    can_resync: bool = True
+    can_save: bool = True
+    stopped: bool = False
+
+
+class World:
+    """
+    The run.
+
+    Args:
+        servers: names, or fakes.
+        mode: shadow, hold or act.
+        settings: the core's figures.
+        trainer: None for a run whose trainer does not report.
+        running: whether the servers were running, with the trainer's weights, before the daemon came.
+        target: what a search for a checkpoint finds; None for nothing.
+
+    """
+
+    def __init__(
+        self,
+        *servers: str | FakeServer,
+        mode: str = "act",
+        settings: Settings | None = None,
+        trainer: FakeTrainer | None = None,
+        running: bool = True,
+        target: tuple[int, str] | None = (1, "/checkpoints/1"),
+    ) -> None:
+        fakes = [one if isinstance(one, FakeServer) else FakeServer(name=one) for one in servers or ("s",)]
+        self.servers = {fake.name: fake for fake in fakes}
+        self.trainer = FakeTrainer() if trainer is None else trainer
+        self.target = target
+        self.now = 1000.0
+        self.state: State = initial(
+            settings or Settings(push_weights=True),
+            Mode(mode),
+            tuple(Server(name=fake.name, managed=fake.managed, since=self.now) for fake in fakes),
+        )
+        self.said: list[tuple[float, Command]] = []
+        self.promises = Promises()
+        self._due: deque[tuple[float, Callable[[], None]]] = deque()
+        self._next: dict[str, float] = {}
+        if running:
+            for fake in fakes:
+                fake.spawn(self.now - 60.0)
+                fake.version = self.trainer.version if fake.version is not None else None
+        self.feed(DaemonStarted(gate_order="GO", gate_generation=0))
+        self._look()
+        if running:
+            self.run(3.0)
+
+    # ---- reading ------------------------------------------------------------------------------------
+
+    @property
+    def gate(self) -> Gate:
+        """What the page says."""
+        return self.state.gate
+
+    @property
+    def order(self) -> str:
+        """The order on the page."""
+        return self.state.gate.order.value
+
+    @property
+    def fake(self) -> FakeServer:
+        """The only server, or the first."""
+        return next(iter(self.servers.values()))
+
+    def server(self, name: str | None = None) -> Server:
+        """A server as the core knows it."""
+        return next(one for one in self.state.servers if name in {None, one.name})
+
+    def all(self, kind: type[C]) -> list[C]:
+        """Every command of a kind so far, in order."""
+        return [command for _, command in self.said if isinstance(command, kind)]
+
+    def told(self, what: str) -> list[str]:
+        """The texts of the notices of a kind so far."""
+        return [notice.text for notice in self.all(Notify) if notice.what == what]
+
+    def orders(self) -> list[str]:
+        """The orders that were on the page, each change once."""
+        found = [write.gate.order.value for write in self.all(PublishGate)]
+        return [order for index, order in enumerate(found) if index == 0 or order != found[index - 1]]
+
+    # ---- making things happen -----------------------------------------------------------------------
+
+    def feed(self, event: Event) -> tuple[Command, ...]:
+        """One event, decided now; its effects are begun."""
+        before = self.state
+        state, commands = decide(before, event, self.now)
+        self.promises.after(before, event, state, commands, self.now)
+        self.state = state
+        for command in commands:
+            self.said.append((self.now, command))
+            if not isinstance(command, PublishGate | Notify):
+                self._begin(command)
+        return commands
+
+    def run(self, seconds: float, *, until: Callable[[], bool] | None = None) -> bool:
+        """
+        Let time pass in ticks.
+
+        Args:
+            seconds: how long at most.
+            until: end as soon as this holds.
+
+        Returns:
+            Whether `until` held; True without one.
+
+        """
+        end = self.now + seconds
+        while until is None or not until():
+            if self.now >= end:
+                return until is None
+            self._tick()
+        return True
+
+    def kill(self, name: str | None = None, *, role: str = "scheduler") -> tuple[Command, ...]:
+        """SIGKILL one process of a server, as the kernel would tell of it."""
+        fake = self.fake if name is None else self.servers[name]
+        dead = next(known for known in fake.procs if known.role == role)
+        fake.procs = tuple(known for known in fake.procs if known is not dead)
+        return self.feed(ProcessExited(server=fake.name, proc=dead))
+
+    def ask(self, verb: str, **args: object) -> tuple[Command, ...]:
+        """A person's wish."""
+        return self.feed(replace(OperatorAsked(verb=verb, who="ada", why="a test"), **args))  # type: ignore[arg-type]
+
+    def batch(
+        self,
+        reward: float | None = None,
+        *,
+        failed: int = 0,
+        refused: str | None = None,
+        began: float | None = None,
+        step: int | None = None,
+        attempt: int | None = None,
+    ) -> bool:
+        """
+        The trainer asks for a verdict on a batch of 64.
+
+        Args:
+            reward: the mean; by default a healthy one.
+            failed: how many of the 64 failed.
+            refused: the guard's own verdict.
+            began: when its rollouts began; now by default.
+            step: the step that it is for; the trainer's next by default.
+            attempt: the attempt that it is of; the trainer's by default.
+
+        Returns:
+            The verdict on the page.
+
+        """
+        trainer = self.trainer
+        trainer.batch += 1
+        number = trainer.step + 1 if step is None else step
+        wobble = 0.7 + 0.01 * ((number * 7) % 5)
+        self.feed(
+            BatchReported(
+                attempt=trainer.attempt if attempt is None else attempt,
+                step=number,
+                batch=trainer.batch,
+                ok=64 - failed,
+                failed=failed,
+                reward=wobble if reward is None else reward,
+                reward_std=0.4,
+                reward_min=0.0,
+                reward_max=1.0,
+                refused=refused,
+                began=self.now if began is None else began,
+            )
+        )
+        return self.gate.judged_ok and self.gate.judged_batch == trainer.batch
+
+    def step(self, reward: float | None = None) -> bool:
+        """One whole step: rollouts, the verdict, the optimizer step, new weights on every server that can."""
+        if self.order != "GO" or not self.batch(reward):
+            return False
+        trainer = self.trainer
+        trainer.step += 1
+        trainer.version = f"v{trainer.step}"
+        for fake in self.servers.values():
+            if fake.up(self.now) and fake.version is not None:
+                fake.version = trainer.version
+                fake.tokens += 1000
+        self.feed(
+            StepCommitted(
+                attempt=trainer.attempt, step=trainer.step, reward=reward, weight_version=trainer.version
+            )
+        )
+        self.see_trainer()
+        self.run(1.0)
+        return True
+
+    def steps(self, count: int) -> None:
+        """So many healthy steps, every one of which must be let through."""
+        for _ in range(count):
+            if not self.step():
+                raise AssertionError(f"a healthy step was not let through: {self.gate}")
+
+    def see_trainer(self) -> None:
+        """Read the trainer's page."""
+        trainer = self.trainer
+        trainer.beats += 1
+        self.feed(
+            TrainerSeen(
+                pid=trainer.pid,
+                attempt=trainer.attempt,
+                step=trainer.step,
+                phase="HELD" if self._standing() else trainer.phase,
+                beats=trainer.beats,
+                progress=trainer.beats,
+                acked_generation=trainer.acked,
+                weight_version=trainer.version,
+                handles_resync=trainer.handles_resync,
+                handles_rollback=trainer.handles_rollback,
+                handles_save=trainer.handles_save,
+            )
+        )
+
+    def restart_daemon(self, *, lost: State | None = None) -> None:
+        """
+        The daemon dies, and another takes up the page and the journal.
+
+        Args:
+            lost: the state of the journal, where its last rows did not reach the disk.
+
+        """
+        self._due.clear()
+        page = self.gate
+        self.state = self.state if lost is None else lost
+        waiting = [server.repair.intent for server in self.state.servers if server.repair is not None]
+        begun = [c for _, c in self.said if not isinstance(c, PublishGate | Notify) and c.intent in waiting]
+        self.feed(
+            DaemonStarted(
+                gate_order=page.order.value, gate_generation=page.generation, judged_batch=page.judged_batch
+            )
+        )
+        self._look()
+        for effect in begun:
+            self._begin(effect)
+
+    # ---- the fakes at work --------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        self.now += TICK_S
+        self._obey()
+        while self._due and self._due[0][0] <= self.now:
+            self._due.popleft()[1]()
+        for name, interval_s, work in (
+            ("samples", SAMPLE_S, self._sample),
+            ("probes", PROBE_S, self._probe),
+            ("page", PAGE_S, self.see_trainer),
+            ("trees", TREE_S, self._look),
+        ):
+            if self.now >= self._next.get(name, 0.0):
+                self._next[name] = self.now + interval_s
+                work()
+        self.feed(Tick())
+
+    def _later(self, seconds: float, work: Callable[[], None]) -> None:
+        self._due.append((self.now + seconds, work))
+        self._due = deque(sorted(self._due, key=lambda due: due[0]))
+
+    def _end(self, intent: str, ok: bool, detail: str = "", procs: Iterable[Proc] = ()) -> None:
+        self.feed(EffectEnded(intent=intent, ok=ok, detail=detail, procs=tuple(procs)))
+
+    def _begin(self, effect: Effect) -> None:
+        match effect:
+            case StopServer():
+                self._later(self.servers[effect.server].stop_s, lambda: self._stop(effect))
+            case StartServer():
+                self._later(self.servers[effect.server].start_s, lambda: self._start(effect))
+            case ContinueServer():
+                self._later(0.0, lambda: self._continue(effect))
+            case RunCanary():
+                self._later(self.servers[effect.server].canary_s, lambda: self._canary(effect))
+            case PushWeights():
+                self._later(self.servers[effect.server].push_s, lambda: self._push(effect))
+            case PrepareRollback():
+                self._later(0.25, lambda: self._prepare(effect))
+
+    def _stop(self, effect: StopServer) -> None:
+        fake = self.servers[effect.server]
+        if fake.can_stop:
+            fake.procs = ()
+        self._end(effect.intent, fake.can_stop, "" if fake.can_stop else "it survives SIGKILL")
+
+    def _start(self, effect: StartServer) -> None:
+        fake = self.servers[effect.server]
+        if not fake.can_start:
+            self._end(effect.intent, False, "it exited at once")
+            return
+        if effect.intent not in fake.starts:
+            fake.spawn(self.now, effect.intent)
+        self._end(effect.intent, True, procs=fake.procs)
+
+    def _continue(self, effect: ContinueServer) -> None:
+        fake = self.servers[effect.server]
+        if fake.cont_helps:
+            fake.stopped = False
+        self._end(effect.intent, True)
+
+    def _canary(self, effect: RunCanary) -> None:
+        ok = self.servers[effect.server].generates(self.now)
+        self._end(effect.intent, ok, "" if ok else "no answer")
+
+    def _push(self, effect: PushWeights) -> None:
+        fake = self.servers[effect.server]
+        ok = fake.can_load and fake.up(self.now)
+        if ok and fake.version is not None:
+            fake.version = effect.version
+        self._end(effect.intent, ok, "" if ok else "it did not load")
+
+    def _prepare(self, effect: PrepareRollback) -> None:
+        if self.target is None or self.target[0] >= effect.before_step:
+            self._end(effect.intent, False, "nothing vets good")
+            return
+        step, path = self.target
+        self.feed(EffectEnded(intent=effect.intent, ok=True, target_step=step, target_path=path))
+
+    def _probe(self) -> None:
+        for fake in self.servers.values():
+            if not fake.up(self.now):
+                self.feed(ServerProbed(server=fake.name, ready=Answer.REFUSED, model_info=Answer.REFUSED))
+                continue
+            self.feed(
+                ServerProbed(
+                    server=fake.name,
+                    ready=Answer.UNAVAILABLE if fake.paused else Answer.OK,
+                    model_info=Answer.OK,
+                    metrics=Answer.OK,
+                    weight_version=fake.version,
+                    running=8 if fake.frozen else fake.running,
+                    tokens=fake.tokens,
+                )
+            )
+
+    def _sample(self) -> None:
+        for fake in self.servers.values():
+            if not fake.procs:
+                continue
+            if fake.busy and not fake.stopped:
+                fake.cpu_s += SAMPLE_S
+            stopped = tuple(known.pid for known in fake.procs) if fake.stopped else ()
+            self.feed(TreeSampled(server=fake.name, stopped=stopped, cpu_s=fake.cpu_s))
+
+    def _look(self) -> None:
+        for fake in self.servers.values():
+            server = self.server(fake.name)
+            stage = None if server.repair is None else server.repair.stage.value
+            if stage not in {"stop", "start", "backoff"}:
+                self.feed(TreeSeen(server=fake.name, procs=fake.procs))
+
+    def _standing(self) -> bool:
+        return self.trainer.listens and self.gate.order is not GateOrder.GO
+
+    def _obey(self) -> None:
+        """A held trainer carries out each order once, and says so."""
+        trainer, gate = self.trainer, self.gate
+        if trainer.stopped or not trainer.listens or gate.generation <= trainer.acked:
+            return
+        trainer.acked = gate.generation
+        ok = True
+        match gate.order:
+            case GateOrder.RESYNC:
+                ok = trainer.can_resync
+                for fake in self.servers.values():
+                    if ok and fake.up(self.now) and fake.version is not None:
+                        fake.version = trainer.version
+            case GateOrder.ROLLBACK:
+                trainer.attempt += 1
+                trainer.step = gate.target_step or 0
+                trainer.version = f"v{trainer.step}-{trainer.attempt}"
+            case GateOrder.SAVE:
+                ok = trainer.can_save
+            case GateOrder.STOP:
+                trainer.stopped = True
+            case GateOrder.GO | GateOrder.HOLD:
+                pass
+        self.see_trainer()
+        detail = "" if ok else "it said no"
+        self.feed(OrderAcknowledged(generation=gate.generation, order=gate.order.value, ok=ok, detail=detail))
