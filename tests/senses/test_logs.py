@@ -89,6 +89,13 @@ def test_running_out_of_memory_at_the_start_and_later_are_told_apart(tmp_path):
     assert [(match.sign, match.stage) for match in again.poll()] == [(Sign.CUDA_OOM, Stage.RUNNING)]
 
 
+def test_matches_come_in_the_order_of_their_lines(tmp_path):
+    rows = [next(row for row in SIGNATURES if row.sign is sign) for sign in reversed(Sign)]
+    log = tmp_path / "server.log"
+    log.write_text("".join(f"noise\n{row.example}\n" for row in rows))
+    assert [match.sign for match in LogFollower(log).poll()] == list(reversed(Sign))
+
+
 def test_a_flood_is_one_match_with_a_count(tmp_path):
     log = tmp_path / "trainer.log"
     log.write_text(

@@ -115,6 +115,14 @@ def test_a_kill_of_the_whole_machine_and_an_old_kernels_words():
     )
 
 
+def test_what_was_announced_in_a_cgroup_is_one_there_whatever_the_later_words():
+    kills = KernelKills(servers)
+    kills.take(message(ANNOUNCED.replace(b"pid=5361", b"pid=78")))
+    kill = kills.take(message(OLD))
+    assert kill is not None
+    assert (kill.kind, kill.cgroup) == (OomKind.KERNEL_CGROUP, "/job/a")
+
+
 def test_a_process_cannot_feign_the_kernel():
     """A record that a process wrote into the log has another facility than the kernel's."""
     assert parse_record(KILLED.replace(b"3,424", b"11,424")) is None

@@ -343,6 +343,8 @@ def test_a_rotated_a_cut_and_a_rewritten_file_are_told_apart(tmp_path):
     assert drain(reader) == []
     file.write_text('{"step": 5, "reward": 1}\n')
     assert [row.step for row in drain(reader)] == [5]
+    file.write_text('{"step": 6, "reward": 1}\n{"step": 7, "reward": 1}\n')
+    assert [row.step for row in drain(reader)] == [6, 7], "written anew, and longer than before"
     assert any("cut or written anew" in note for note in reader.notes())
 
 

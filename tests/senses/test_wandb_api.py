@@ -136,6 +136,20 @@ def test_pages_follow_one_another_and_nothing_is_read_twice(api: Clocked, server
     resumed.reader.close()
 
 
+def test_steps_that_lie_far_apart_and_rows_that_were_not_asked_for(api: Clocked, server: Server):
+    """Empty pages are passed over; what lies before the page was read already."""
+    rows = [row(0), row(5000)]
+    answer = history(rows)
+    server.answer = lambda asked: answer(asked if asked["from"] < 4500 else {"from": 0, "to": 9999})
+    seen = []
+    while True:
+        seen += [r.value for r in api.reader.poll() if r.metric == "train/reward"]
+        if api.reader.caught_up:
+            break
+    assert seen == [0.0, 1250.0]
+    assert len(server.questions) == 5000 // PAGE_STEPS + 1
+
+
 def test_the_server_is_left_alone_for_as_long_as_it_asks(api: Clocked, server: Server):
     server.answer = lambda _: (429, {"Retry-After": "77"}, b"slow down")
     assert api.reader.poll() == ()

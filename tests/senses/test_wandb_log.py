@@ -250,6 +250,37 @@ def test_a_newer_run_is_gone_over_to_and_that_is_said(tmp_path):
     assert any("newer run, two" in note for note in reader.notes())
 
 
+def test_rows_that_come_late_into_an_older_file_are_not_passed_over(tmp_path):
+    """The next file is begun when a look at the old one, made after the new one appeared, finds no more."""
+    first = WandbWriter(folder_of(tmp_path, "20260101_000000", "abc"))
+    first.row(0, {"reward": 0})
+    WandbWriter(folder_of(tmp_path, "20260101_000100", "abc")).row(2, {"reward": 2})
+    reader = WandbLog(tmp_path)
+    rows = list(reader.poll())
+    first.row(1, {"reward": 1})
+    while not reader.caught_up:
+        rows += reader.poll()
+    assert [row.step for row in rows] == [0, 1, 2]
+
+
+def test_a_chunk_that_is_seen_half_written_is_waited_for(tmp_path):
+    """A network file system can show a file's new length before its new bytes."""
+    path = tmp_path / "run-abc.wandb"
+    writer = WandbWriter(path)
+    writer.row(0, {"reward": 0})
+    before = path.stat().st_size
+    writer.row(1, {"reward": 1})
+    whole = path.read_bytes()
+    path.write_bytes(whole[: before + 9] + bytes(len(whole) - before - 9))
+    reader = WandbLog(path)
+    rows = list(reader.poll())
+    assert [row.step for row in rows] == [0]
+    path.write_bytes(whole)
+    rows += reader.poll()
+    assert [row.step for row in rows] == [0, 1]
+    assert reader.notes() == ()
+
+
 def test_a_position_survives_a_restart_between_files(tmp_path):
     """Stored in the first file; a second appears while the reader is away: nothing lost or twice."""
     first = WandbWriter(folder_of(tmp_path, "20260101_000000", "abc"))

@@ -24,12 +24,13 @@ class Lines:
     that were too long). `torn` is the count of bytes behind the last newline.
     """
 
+    _fd = -1
+
     def __init__(self, path: Path, position: Mapping[str, object] | None = None) -> None:
         self.path = path
         self.torn = 0
         self.restarted = 0
         self.dropped_bytes = 0
-        self._fd = -1
         self._inode = 0
         self._offset = 0
         self._mark = b""
@@ -98,6 +99,9 @@ class Lines:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def __del__(self) -> None:
+        self.close()
 
     def _open(self) -> bool:
         try:

@@ -62,10 +62,11 @@ def event_files(path: Path) -> list[Path]:
 class EventFiles:
     """Follows a file or a folder of them; see `rows.Reader`."""
 
+    _fd = -1
+
     def __init__(self, path: Path, *, position: Mapping[str, object] | None = None) -> None:
         self._path = path
         self._notes = Notes()
-        self._fd = -1
         self._file: Path | None = None
         self._offset = 0
         self._torn = 0
@@ -133,6 +134,9 @@ class EventFiles:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def __del__(self) -> None:
+        self.close()
 
     def _records(self, bytes_max: int) -> Iterator[bytes]:
         """Yield the whole records of the next bytes and move the offset behind each."""

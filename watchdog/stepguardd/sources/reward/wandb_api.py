@@ -219,7 +219,7 @@ class WandbApi:
         self._state = str(run.get("state") or "")
         lines = run.get("history")
         rows: list[Row] = []
-        newest_read = self._next_step - 1
+        newest_read, end = self._next_step - 1, self._next_step + PAGE_STEPS
         for line in lines if isinstance(lines, list) else []:
             record = _decoded(line)
             if record is None:
@@ -227,14 +227,13 @@ class WandbApi:
                 continue
             step = record.get("_step")
             if isinstance(step, int) and not isinstance(step, bool):
-                if step < self._next_step:
+                if not self._next_step <= step < end:
                     continue
                 newest_read = max(newest_read, step)
             key = self._step_key or (GLOBAL_STEP if record.get(GLOBAL_STEP) is not None else "_step")
             rows.extend(rows_of(record, key))
         newest = _at(run, "historyKeys", "lastStep")
         last = newest if isinstance(newest, int) else newest_read
-        end = self._next_step + PAGE_STEPS
         self._next_step = end if last >= end else newest_read + 1
         self._caught_up = last < end
         if not self._caught_up:

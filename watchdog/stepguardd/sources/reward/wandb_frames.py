@@ -32,6 +32,8 @@ class Frames:
     bytes behind it that make no whole record yet. `damaged` counts blocks that were given up.
     """
 
+    _fd = -1
+
     def __init__(self, path: Path, offset: int = 0) -> None:
         self.path = path
         self.offset = offset
@@ -49,6 +51,9 @@ class Frames:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def __del__(self) -> None:
+        self.close()
 
     def read(self, bytes_max: int = POLL_BYTES) -> list[bytes]:
         """Return the whole records of the next `bytes_max` bytes, of more when a single record is longer."""
