@@ -46,6 +46,7 @@ from .effects.outcome import Outcome, failed
 from .effects.rollback import prepare
 from .effects.weights import push
 from .journal import Journal, JournalError, Restored
+from .notify import Notifier
 from .settings import core_settings
 from .sources import sglang
 from .sources.process import ServerProcesses
@@ -128,6 +129,7 @@ class Daemon:
         self._taken_up = False
         self._stop = asyncio.Event()
         self._crash_at = os.environ.get(CRASH_AT)
+        self._manager = Notifier.from_env()
         self.gate: GateWriter
         self.journal: Journal
         self.state: State
@@ -152,8 +154,12 @@ class Daemon:
             self._take_up(unfinished)
             async with asyncio.TaskGroup() as group:
                 running = [group.create_task(work) for work in self._work()]
-                ready()
+                await asyncio.sleep(0)  # a first turn for each: the control socket listens
+                if not any(task.done() for task in running):
+                    ready()
+                    self._manager.ready()
                 await self._stop.wait()
+                self._manager.stopping()
                 for task in running:
                     task.cancel()
         finally:
@@ -437,7 +443,7 @@ class Daemon:
         """Everything that runs at an interval, each with its own timeout."""
         work: list[Coroutine[None, None, None]] = [
             _every(TICK_S, lambda: self.feed(Tick())),
-            _every(LEASE_RENEWAL_S, self.gate.renew),
+            _every(LEASE_RENEWAL_S, self._vouch),
             _every(LEASE_RENEWAL_S, self._page.look),
         ]
         for server in self._servers.values():
@@ -448,6 +454,11 @@ class Daemon:
             work.append(_every(self._stream.interval_s, self._stream.poll))
         work.append(self._control())
         return work
+
+    def _vouch(self) -> None:
+        """Say that this loop turns: to the trainer by the lease, to systemd by its watchdog."""
+        self.gate.renew()
+        self._manager.alive(status.line(self.state))
 
     def _reported(self, event: Event) -> None:
         """A report, with the page behind it: what the page says about the trainer must not be older."""

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 import stepguard
 
 from .core import budget
-from .core.state import Incident, Server, State
+from .core.state import Incident, Server, ServerState, State
+from .oneline import one_line
 
 
 def of(
@@ -73,6 +74,15 @@ def of(
         "version": stepguard.__version__,
         "uptime_s": round(now - started_at, 3),
     }
+
+
+def line(state: State) -> str:
+    """The breaker's phase and what it rests on, as `systemctl status` shows it."""
+    serving = sum(server.state is ServerState.SERVING for server in state.servers)
+    words = [state.phase.value, f"mode {state.mode.value}", f"gate {state.gate.order.value}"]
+    words.append(f"{serving} of {len(state.servers)} servers serving")
+    why = _why(state)
+    return one_line(", ".join(words) + (f": {why}" if why else ""))
 
 
 def gate(state: State) -> dict[str, object]:
