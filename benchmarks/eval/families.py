@@ -1,9 +1,9 @@
 """
 Reward curves made by rule: healthy and faulty families, with every constant drawn anew for every curve.
 
-A curve is a list of steps with the truth beside it: where the fault begins, and which steps may rightly be warned
-about (the 40 after a curriculum switch). Families marked `held_out` were not looked at while the detectors' constants
-were chosen. Nothing here imports the judgement.
+A curve is a list of steps with the truth beside it: where the fault begins, and which steps may rightly be
+warned about (the 40 after a curriculum switch). Families marked `held_out` were not looked at while the
+detectors' constants were chosen. Nothing here imports the judgement.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ class Batch:
         return self.prompts * self.group
 
     def draw(self, rng: Rng, level: Floats, lost: Floats | float = 0.0) -> Floats:
-        """The mean reward of each step at the given success rates; a share `lost` of the rollouts scores 0."""
+        """
+        The mean reward of each step at the given success rates; a share `lost` of the rollouts scores 0.
+        """
         level = np.clip(level, 0.0, 1.0)
         if self.spread > 0:
             total = 1 / self.spread - 1
@@ -74,7 +76,9 @@ class Batch:
             rates = np.where((level <= 0)[:, None], 0.0, np.where((level >= 1)[:, None], 1.0, rates))
         else:
             rates = np.repeat(level[:, None], self.prompts, axis=1)
-        live = rng.binomial(self.group, 1 - np.broadcast_to(np.asarray(lost, float), level.shape)[:, None], rates.shape)
+        live = rng.binomial(
+            self.group, 1 - np.broadcast_to(np.asarray(lost, float), level.shape)[:, None], rates.shape
+        )
         return rng.binomial(live, rates).sum(axis=1) / self.rollouts
 
     def distribution(self, level: float, lost: float = 0.0) -> Floats:
@@ -147,7 +151,10 @@ def sparse(rng: Rng) -> Curve:
     level = np.full(n, rate)
     if rng.random() < 0.6:
         level[start:] = climb(rng, n, rate, rng.uniform(0.1, 0.9))[: n - start]
-    return Curve(steps=list(range(n)), values=rounded(rng, some_batch(rng, int(rng.choice([8, 16, 32, 64]))).draw(rng, level)))
+    return Curve(
+        steps=list(range(n)),
+        values=rounded(rng, some_batch(rng, int(rng.choice([8, 16, 32, 64]))).draw(rng, level)),
+    )
 
 
 def shaped(rng: Rng) -> Curve:
@@ -242,7 +249,10 @@ def partial_credit(rng: Rng) -> Curve:
     """Rewards between 0 and 1 that are no shares, cut off at both ends."""
     n = _length(rng)
     level = climb(rng, n, rng.uniform(0.05, 0.4), rng.uniform(0.5, 1.0))
-    return Curve(steps=list(range(n)), values=rounded(rng, np.clip(level + rng.normal(0, rng.uniform(0.02, 0.12), n), 0, 1)))
+    return Curve(
+        steps=list(range(n)),
+        values=rounded(rng, np.clip(level + rng.normal(0, rng.uniform(0.02, 0.12), n), 0, 1)),
+    )
 
 
 def seasons(rng: Rng) -> Curve:
@@ -406,7 +416,9 @@ def crash_tiny(rng: Rng) -> Curve:
 
 def crash_partial_credit(rng: Rng) -> Curve:
     onset, good = _run_up(rng, rng.uniform(0.1, 0.4), rng.uniform(0.6, 0.9))
-    values = np.concatenate([np.clip(good + rng.normal(0, rng.uniform(0.03, 0.1), onset), 0, 1), np.zeros(100)])
+    values = np.concatenate(
+        [np.clip(good + rng.normal(0, rng.uniform(0.03, 0.1), onset), 0, 1), np.zeros(100)]
+    )
     return Curve(steps=list(range(len(values))), values=rounded(rng, values), onset=onset)
 
 
@@ -445,7 +457,19 @@ HEALTHY = tuple(
     Family(name=make.__name__, make=make, healthy=True, held_out=held_out)
     for held_out, makes in (
         (False, (dense, sparse, shaped, curriculum, saturated, tiny_batch, gaps, restarts)),
-        (True, (wobble, heavy_tails, partial_credit, seasons, sparse_groups, slow_decline, curriculum_shaped, curriculum_small)),
+        (
+            True,
+            (
+                wobble,
+                heavy_tails,
+                partial_credit,
+                seasons,
+                sparse_groups,
+                slow_decline,
+                curriculum_shaped,
+                curriculum_small,
+            ),
+        ),
     )
     for make in makes
 )

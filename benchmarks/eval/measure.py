@@ -48,9 +48,7 @@ def alarms(config: RewardConfig, curve: Curve) -> list[tuple[int, Level, str, in
     for i, (step, value) in enumerate(zip(curve.steps, curve.values, strict=True)):
         metrics = {names[name]: column[i] for name, column in curve.columns.items()}
         state, verdict = observe(config, state, Observation(0, step, value, metrics=metrics))
-        if verdict.level is Level.HOLD and not holding:
-            found.append((i, verdict.level, str(verdict.reason), verdict.onset_step))
-        elif verdict.level is Level.WARN and not verdict.tripped and not warned:
+        if (verdict.level is Level.HOLD and not holding) or (verdict.level is Level.WARN and not verdict.tripped and not warned):
             found.append((i, verdict.level, str(verdict.reason), verdict.onset_step))
         holding = verdict.tripped
         warned = state.episode is not None

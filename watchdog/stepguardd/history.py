@@ -15,6 +15,7 @@ import csv
 import itertools
 import json
 import math
+import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -215,6 +216,9 @@ def _csv_rows(
     attempt_at: int | None,
     signals: dict[str, int],
 ) -> History:
+    whole = _plain_rows(path, header, step_at, value_at) if len(header) == 2 else None
+    if whole is not None:
+        return whole
     steps: list[int] = []
     rows: list[int] = []
     values: list[float | None] = []
@@ -265,6 +269,25 @@ def _csv_rows(
     )
 
 
+def _plain_rows(path: Path, header: list[str], step_at: int, value_at: int) -> History | None:
+    """
+    A file of nothing but ascending steps and numbers, read by columns; None for any other, which is read by
+    rows.
+    """
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+        file.readline()
+        try:
+            columns = list(zip(*csv.reader(file), strict=True))
+            steps, values = list(map(int, columns[step_at])), list(map(float, columns[value_at]))
+        except (ValueError, IndexError, csv.Error):
+            return None
+    if steps[0] < 0 or steps[-1] >= STEP_MAX or not all(map(operator.lt, steps, steps[1:])):
+        return None
+    return History(
+        source=str(path), metric=header[value_at], steps=steps, values=[*values], attempts=[0] * len(steps)
+    )
+
+
 def _number_in(text: str) -> float | None:
     try:
         return float(text)
@@ -282,6 +305,8 @@ def _attempts(path: Path, column: str, steps: list[int], rows: list[int]) -> lis
     A restart goes back to steps that were there before and walks through them again.
     """
     attempts = [0] * len(steps)
+    if all(map(operator.lt, steps, steps[1:])):
+        return attempts
     attempt, previous, highest = 0, -1, -1
     seen: set[int] | None = None
     for i, step in enumerate(steps):

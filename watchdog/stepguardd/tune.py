@@ -116,7 +116,8 @@ def _streaks(config: RewardConfig, histories: Sequence[History]) -> tuple[int | 
     """The plain rules about zeros, moved beyond what these runs show once they have had a success."""
     warn, hold = config.zero_streak_warn, config.zero_streak_hold
     results = [run(config, history) for history in histories]
-    reasons = {found.reason for result in results for found in (*result.trips, *result.warnings)}
+    reasons = {one.reason for result in results for one in result.trips}
+    reasons |= {one.reason for result in results for one in result.warnings}
     if Reason.ZERO_STREAK not in reasons:
         return warn, hold
     longest = max(map(_longest_streak, histories))

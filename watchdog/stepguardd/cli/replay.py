@@ -1,5 +1,6 @@
 """`stepguard replay`: what Stepguard would have done in a recorded run."""
 
+import gc
 import textwrap
 from pathlib import Path
 from typing import Annotated
@@ -33,6 +34,7 @@ def replay(
 ) -> None:
     """Judge recorded runs as live ones would be: what would have been held, what warned about."""
     judged_by, named = settings(config, metric)
+    gc.disable()  # a million small tuples and no cycle among them: collecting would take a third of the time
     try:
         # Read all before judging any: a bad file is wrong use, and wrong use prints no half answer.
         histories = [read_history(path, metric=named) for path in files]

@@ -22,10 +22,11 @@ __all__ = [
     "LEAST_TIE",
     "Model",
     "absorb",
+    "absorb_calm",
     "adopt",
     "grid_size",
-    "has_to_learn",
     "is_calm",
+    "is_mature",
     "learn",
     "level_at",
     "log_any_tie",
@@ -40,6 +41,7 @@ _FAST_GAIN = 0.15
 _FAST_CORRECTION = (2 - _FAST_GAIN) / 2  # from the variance of an innovation to that of a value
 _NOISE_MEMORY = 60.0
 _SAMPLES = 24
+_SETTLED = 300  # values after which a grid that explains them all is believed
 _LARGEST_GRID = 4096
 _DEGREES = 8.0  # of Student's t
 _LOG_T_PEAK = log(0.3867)
@@ -98,19 +100,76 @@ def model_of(config: RewardConfig, baseline: Baseline, learned: Learned, ok: int
     return _new(Model, (False, 0.0, 0.0, level, level + 0.5 * error, sigma, floor, resolution))
 
 
-def is_calm(baseline: Baseline, value: float) -> bool:
+def is_calm(baseline: Baseline, learned: Learned, value: float) -> bool:
     """
-    Whether no test can have anything against a value: so near its level, or above it, that each one's
-    evidence shrinks.
+    Whether no test can have anything against a value: near its level or above it, each one's evidence
+    shrinks.
 
-    A shortcut, not a decision: for a calm value every sum falls, and no run begins.
+    A shortcut, not a decision: for a calm value every sum falls, and no run begins. A quarter of the reward
+    gone is the nearest alternative, or the run's starting level where that is nearer; values this near speak
+    against both.
     """
     level = baseline.level
     if value >= level:
         return True
+    near = learned.start_sum > 0.75 * level * learned.start_n
     if baseline.rollouts:
-        return value >= 0.93 * level
+        return value >= (0.93 if near else 0.888) * level
     return (value - level) ** 2 < 0.49 * baseline.noise
+
+
+def absorb_calm(baseline: Baseline, value: float, memory: float) -> Baseline:
+    """
+    What `absorb` does to a calm value that is no tie, while the baseline is mature and nothing is held back.
+
+    The same arithmetic without its special cases: nearly every step of a healthy run comes through here.
+    """
+    seen, weight, level, fast, noise, noise_weight, n, low, high, _, tie_rate, zero_rate, _, _ = baseline
+    innovation = value - fast
+    square = innovation * innovation * _FAST_CORRECTION
+    if n:
+        edge = 0.5 / n
+        p = fast if edge <= fast <= 1 - edge else edge
+        square *= n / (p * (1 - p))
+    square = min(square, 16.0 * noise)
+    fast += _FAST_GAIN * innovation
+    noise += (square - noise) / noise_weight
+    if noise < 0.25 and n:
+        noise = 0.25
+    level += (value - level) / weight
+    above = fast - level
+    if above > 0.0 and above * above > 0.5 * (noise * (level * (1 - level) + 0.5 / n) / n if n else noise):
+        level += 0.2 * above
+    keep = 1.0 - 1.0 / memory
+    return _new(
+        Baseline,
+        (
+            seen + 1,
+            weight,
+            level,
+            fast,
+            noise,
+            noise_weight,
+            n,
+            min(low, value),
+            max(high, value),
+            value,
+            tie_rate * keep,
+            zero_rate * keep,
+            0,
+            None,
+        ),
+    )
+
+
+def is_mature(baseline: Baseline, memory: float) -> bool:
+    """Whether `absorb_calm` will do for the next calm value that is neither a tie nor zero."""
+    return (
+        baseline.weight == memory
+        and baseline.noise_weight == _NOISE_MEMORY
+        and not baseline.ties
+        and baseline.pending is None
+    )
 
 
 def log_constant(model: Model, level: float, value: float) -> float:
@@ -236,7 +295,7 @@ def learn(
     config: RewardConfig, baseline: Baseline, learned: Learned, step: int, value: float, ok: int | None
 ) -> tuple[Baseline, Learned]:
     """The baseline and the rarely changing knowledge after a healthy value: grid, start and history."""
-    if not learned.decided and value not in learned.samples:
+    if not learned.decided and (value not in learned.samples or baseline.seen == _SETTLED):
         baseline, learned = _learn_grid(config, baseline, learned, value, ok)
     if learned.due < 0:
         learned = learned._replace(start_n=learned.start_n + 1, start_sum=learned.start_sum + value)
@@ -256,21 +315,17 @@ def level_at(learned: Learned, step: int) -> float | None:
     return before[-1] if before else None
 
 
-def has_to_learn(learned: Learned, step: int, value: float) -> bool:
-    """Whether `learn` would change anything after this value."""
-    return step >= learned.due or (not learned.decided and value not in learned.samples)
-
-
 def _learn_grid(
     config: RewardConfig, baseline: Baseline, learned: Learned, value: float, ok: int | None
 ) -> tuple[Baseline, Learned]:
     named = ok or config.rollouts_per_step
     if named is not None:
         return _check_named(baseline, learned, value, named)
-    samples = (*learned.samples, value)
+    samples = learned.samples if value in learned.samples else (*learned.samples, value)
     decimals = max(learned.decimals, _decimals(value))
     n = grid_size(samples, decimals, learned.tried, baseline.zero_rate)
-    decided = len(samples) >= _SAMPLES or (n < 0 and len(samples) >= 8)
+    enough = len(samples) >= _SAMPLES or (n > 0 and baseline.seen >= _SETTLED)
+    decided = enough or (n < 0 and len(samples) >= 8)
     learned = learned._replace(
         samples=() if decided else samples, decimals=decimals, tried=max(learned.tried, n), decided=decided
     )

@@ -20,9 +20,10 @@ from stepguardd.core.reward import falls, runs, witnesses
 from stepguardd.core.reward.baseline import (
     Model,
     absorb,
+    absorb_calm,
     adopt,
-    has_to_learn,
     is_calm,
+    is_mature,
     learn,
     level_at,
     model_of,
@@ -52,10 +53,13 @@ _new = tuple.__new__  # without the detour through Python that a named tuple's o
 
 _SUSPICIOUS_NATS = 2.0  # from here on values wait before they enter the baseline
 _BACK_NATS = 3.0  # 20 to 1 that the stream is back
+_SHORT = 4  # values: no run of equal ones that is shorter can be stuck
 _EPISODE_GAP = 10  # quiet steps that end a warning
 _WITNESSED_NATS = 3.0  # what the reward itself must say for a second witness to count
 _WITNESS_NATS = 4.0  # what a second witness must say to count
-_START_ODDS = 5.0  # for "exactly the starting level" against "some other level": a switch rarely lands there
+# For "exactly the starting level" against "some other level": a switch rarely lands there. Every switch that
+# this run has had makes another one more likely than stale weights, and so the threshold higher.
+_START_ODDS = 5.0
 _START_STEPS = 4, 8  # since the onset; later the odds would be asked too often, and a climb may pass by
 _TREND_NATS = 7.0
 _TREND_STEPS = 8
@@ -80,12 +84,14 @@ def observe(config: RewardConfig, state: RewardState, seen: Observation) -> tupl
     """
     attempt, step, value, _, failed, spread, metrics, marks = seen
     was_attempt, was, baseline, learned, run, fall, tracks, others, _, _, episode, trip = state
-    if was is not None and (attempt != was_attempt or step < was):
+    if was is None:
+        pass
+    elif (attempt != was_attempt) or step < was:
         state = _restarted(state, seen)
     elif (
         value is not None
-        and run is None
         and fall is None
+        and (run is None or (run.length < _SHORT and not run.rollouts))
         and others is None
         and episode is None
         and trip is None
@@ -93,16 +99,24 @@ def observe(config: RewardConfig, state: RewardState, seen: Observation) -> tupl
         and failed is None
         and spread is None
         and baseline.seen >= config.warmup_steps
-        and value != baseline.last
         and value - value == 0.0
-        and is_calm(baseline, value)
+        and (value or value != baseline.last)
+        and is_calm(baseline, learned, value)
         and (config.min_reward is None or value >= config.min_reward)
     ):
         # Nothing is going on, and nothing begins: this is nearly every step of a healthy run.
-        baseline = absorb(config, baseline, value, False)
-        if has_to_learn(learned, step, value):
+        if value == baseline.last:
+            run = Run(value, 2, was) if run is None else Run(value, run.length + 1, run.first_step)
+            baseline = absorb(config, baseline, value, False)
+        else:
+            run = None
+            if value and is_mature(baseline, config.memory_steps):
+                baseline = absorb_calm(baseline, value, config.memory_steps)
+            else:
+                baseline = absorb(config, baseline, value, False)
+        if step >= learned.due or not learned.decided:
             baseline, learned = learn(config, baseline, learned, step, value, seen.ok)
-        return _new(RewardState, (attempt, step, baseline, learned, *_AT_REST)), _OK
+        return _new(RewardState, (attempt, step, baseline, learned, run, *_AT_REST)), _OK
     if metrics or marks or failed is not None or spread is not None or others is not None:
         tracks = witnesses.follow(tracks, seen)
         state = state._replace(tracks=tracks, witnesses=witnesses.testify(others, tracks, seen))
@@ -117,7 +131,7 @@ def observe(config: RewardConfig, state: RewardState, seen: Observation) -> tupl
     return _judged(config, state, seen, value)
 
 
-_AT_REST = RewardState()[4:]
+_AT_REST = RewardState()[5:]
 
 
 def silence(config: RewardConfig, quiet_s: float) -> Verdict | None:
@@ -199,14 +213,14 @@ def _judged(
         if state.fall is not None and state.fall.active and fall is None:
             state = state._replace(episode=None)  # the reward is back where it was
         state, verdict = _warning(config, state._replace(run=run, fall=fall), seen, value, model)
-        baseline, run, fall = state.baseline, state.run, state.fall
+        baseline, learned, run, fall = state.baseline, state.learned, state.run, state.fall
     # What a warned-about fall shows is not learned; its level is adopted as a whole, or not at all.
     if fall is None or not fall.active:
         suspicious = (run is not None and run.evidence > _SUSPICIOUS_NATS) or (
             fall is not None and (falls.nats(fall) > _SUSPICIOUS_NATS or fall.near > _SUSPICIOUS_NATS)
         )
         baseline = absorb(config, baseline, value, suspicious)
-        if not suspicious and has_to_learn(learned, seen.step, value):
+        if not suspicious and (seen.step >= learned.due or not learned.decided):
             baseline, learned = learn(config, baseline, learned, seen.step, value, seen.ok)
     else:
         baseline = baseline._replace(last=value)
@@ -329,7 +343,7 @@ def _hold_of_fall(
     least, most = _START_STEPS
     if fall.start >= config.hold_nats and part.trend_nats < _SUSPICIOUS_NATS and least <= part.steps <= most:
         odds = _odds_of_start(state, model, part)
-        if odds >= _START_ODDS:
+        if odds >= _START_ODDS * (1 + 2 * state.learned.switches):
             start_level = state.learned.start_sum / state.learned.start_n
             figures = (
                 *_figures(config, model, fall.start, part),
@@ -483,7 +497,8 @@ def _warning(
         if state.fall.active:  # the grace is over, and the new level accepted
             recent = [v for _, v in state.fall.tail[-20:]]
             baseline = adopt(state.baseline, sum(recent) / len(recent), float(len(recent)))
-            return state._replace(baseline=baseline, fall=None, run=None, episode=None), _OK
+            learned = state.learned._replace(switches=state.learned.switches + 1)
+            return state._replace(baseline=baseline, learned=learned, fall=None, run=None, episode=None), _OK
     run = state.run
     if run is not None:
         figures: Figures = (("value", value), ("run_length", float(run.length)))

@@ -248,6 +248,8 @@ class Learned(NamedTuple):
     looked: int = 0
     start_n: int = 0
     start_sum: float = 0.0
+    switches: int = 0
+    """Falls to new levels that were accepted: such a run falls for legitimate reasons."""
     history: tuple[tuple[int, float], ...] = ()
     """The level at past steps, thinned out (at most 32)."""
     stride: int = 8
