@@ -23,6 +23,7 @@ from .processes import end, send
 
 SERVER_MARK: Final = "STEPGUARD_SERVER"
 INTENT_MARK: Final = "STEPGUARD_INTENT"
+MANAGER: Final = "STEPGUARD_SYSTEMD"
 LOG_BYTES_MAX: Final = 64 << 20
 
 # SGLang's dumps before a crash keep HTTP a black hole for a minute (research on 0.5.23).
@@ -183,16 +184,16 @@ class SystemdBackend:
 
     Args:
         settings: the server's table of the config.
-        systemctl: the command, for a user's manager with `--user`.
+        systemctl: the command; by default to the manager that runs the daemon.
 
     """
 
     managed = True
 
-    def __init__(self, settings: ServerSettings, systemctl: Sequence[str] = ("systemctl",)) -> None:
+    def __init__(self, settings: ServerSettings, systemctl: Sequence[str] = ()) -> None:
         assert settings.unit is not None
         self._unit = settings.unit
-        self._systemctl = tuple(systemctl)
+        self._systemctl = tuple(systemctl) or _systemctl()
 
     def find(self) -> tuple[Proc, ...]:
         """The processes of the unit's main process."""
@@ -224,6 +225,7 @@ class SystemdBackend:
         try:
             child = await asyncio.create_subprocess_exec(
                 *self._systemctl,
+                "--no-ask-password",
                 verb,
                 self._unit,
                 stdin=asyncio.subprocess.DEVNULL,
@@ -242,6 +244,11 @@ class SystemdBackend:
         if child.returncode != 0:
             return failed(f"systemctl {verb} {self._unit}: {stderr.decode('utf-8', 'replace').strip()}")
         return Outcome(ok=True, detail=f"systemctl {verb} {self._unit}")
+
+
+def _systemctl() -> tuple[str, ...]:
+    """The units of a user's manager say so; any other daemon speaks to the machine's."""
+    return ("systemctl", "--user") if os.environ.get(MANAGER) == "user" else ("systemctl",)
 
 
 class ObservedBackend:
