@@ -30,6 +30,7 @@ COMMANDS = {
     "replay": "What Stepguard would have done in a recorded run.",
     "tune": "Find settings for the reward tests from recorded runs.",
     "stream": "Show the reward stream as Stepguard reads it.",
+    "install-service": "Install the systemd units.",
     "diagnose": "What most likely went wrong, with the evidence.",
 }
 EXTRAS = {"demo": "demo"}
