@@ -3,6 +3,7 @@
 # make check   ruff, mypy --strict and the tidy tests
 # make bench   the figures, as ratios within one run
 # make eval    how the reward is judged: false alarms, delays, misses
+# make sglang  builds .venv-sglang: a real SGLang server for the CPU (3 GB)
 # Each creates .venv on its first use; nothing else on the machine is touched.
 
 VENV := .venv
@@ -13,10 +14,10 @@ FAULT ?= kill
 TORCH ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench eval clean
+.PHONY: help demo test check bench eval sglang clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "stepguard: no $(PYTHON) here; set PYTHON=/path/to/python3.11 or newer"; exit 1; }
@@ -47,5 +48,8 @@ bench: $(VENV)/.installed
 eval: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.eval
 
+sglang:
+	@PYTHON="$(PYTHON)" TORCH="$(TORCH)" tools/sglang/build.sh
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-sglang build dist .mypy_cache .ruff_cache .pytest_cache
