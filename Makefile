@@ -17,7 +17,7 @@ TORCH ?= torch==2.13.0
 .PHONY: help demo test check bench eval sglang clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "stepguard: no $(PYTHON) here; set PYTHON=/path/to/python3.11 or newer"; exit 1; }
