@@ -199,14 +199,14 @@ class WandbLog:
         if num != self._last_num + 1:
             self._note_gap(num)
         self._last_num = num or self._last_num
+        if content is None or isinstance(content, tuple):  # nearly always
+            return content or ()
         match content:
             case Header(version=version):
                 self._version = version
             case Exit():
                 self._exit = content
-            case tuple():
-                return content
-            case Run() | None:
+            case Run():
                 pass
         return ()
 

@@ -20,7 +20,7 @@ GLOBAL_STEP = "train/global_step"
 _NUM, _HISTORY, _RUN, _EXIT, _HEADER = 1, 2, 17, 18, 21
 _KEY, _NESTED_KEY, _NONE, _BOOLEAN, _INTEGER, _DOUBLE, _JSON_VALUE = 1, 2, 3, 4, 5, 6, 16
 _ITEM = 0x0A
-_SUMMARY_TAG = 0x1A
+_HISTORY_TAG, _SUMMARY_TAG = 0x12, 0x1A
 # How a value_json of each length that fits one byte begins: its tag and that length.
 _VALUE_HEADS = {length: b"\x82\x01" + bytes([length]) for length in range(128)}
 _NAMES_MAX = 65_536
@@ -72,8 +72,13 @@ class RecordParser:
         end = len(data)
         if data[:1] == b"\x08":  # the number comes first, and what follows it decides
             num, at = (data[1], 2) if data[1] < 0x80 else varint(data, 1)
-            if data[at] == _SUMMARY_TAG:  # every other record is one, and nothing of use is behind it
+            tag = data[at]
+            if tag == _SUMMARY_TAG:  # every other record is one, and nothing of use is behind it
                 return signed(num), None
+            if tag == _HISTORY_TAG:
+                length, begun = varint(data, at + 1)
+                if begun + length <= end:
+                    return signed(num), self._history(data, begun, begun + length)
         while at < end:
             tag, at = varint(data, at)
             value, at = varint(data, at)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
+_SHIFTS = range(7, 70, 7)
+
 
 class WireError(ValueError):
     """The bytes are no protobuf message."""
@@ -16,16 +18,19 @@ class WireError(ValueError):
 
 def varint(data: bytes, at: int) -> tuple[int, int]:
     """Decode the unsigned varint at `at`; return it and the index behind it."""
-    value = shift = 0
-    while shift < 70:
-        if at >= len(data):
-            raise WireError("a varint is cut off")
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
+    try:
+        value = data[at]
+        if value < 0x80:
+            return value, at + 1
+        value &= 0x7F
+        for shift in _SHIFTS:
+            at += 1
+            byte = data[at]
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value, at + 1
+    except IndexError:
+        raise WireError("a varint is cut off") from None
     raise WireError("a varint is longer than ten bytes")
 
 
