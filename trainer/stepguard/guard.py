@@ -481,6 +481,7 @@ class Guard:
         """The weights go back in time: what was announced no longer says which rollouts are current."""
         self._announced = []
         self._announcements += 1
+        self._presence.weight_version = None  # else the daemon would take servers with it for current
         self._refused = None
 
     @contextlib.contextmanager
