@@ -276,6 +276,11 @@ class Journal:
         return durable
 
     @property
+    def newest(self) -> int:
+        """The number of the newest row on disk."""
+        return self._seq
+
+    @property
     def failure(self) -> str | None:
         """Why the newest write failed; None while the disk takes what it is given."""
         return self._failed
