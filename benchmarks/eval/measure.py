@@ -48,7 +48,9 @@ def alarms(config: RewardConfig, curve: Curve) -> list[tuple[int, Level, str, in
     for i, (step, value) in enumerate(zip(curve.steps, curve.values, strict=True)):
         metrics = {names[name]: column[i] for name, column in curve.columns.items()}
         state, verdict = observe(config, state, Observation(0, step, value, metrics=metrics))
-        if (verdict.level is Level.HOLD and not holding) or (verdict.level is Level.WARN and not verdict.tripped and not warned):
+        newly_held = verdict.level is Level.HOLD and not holding
+        newly_warned = verdict.level is Level.WARN and not verdict.tripped and not warned
+        if newly_held or newly_warned:
             found.append((i, verdict.level, str(verdict.reason), verdict.onset_step))
         holding = verdict.tripped
         warned = state.episode is not None

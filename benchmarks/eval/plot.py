@@ -51,8 +51,8 @@ def _row(bar: Bar, y: int) -> list[str]:
     if isfinite(bar.hold):
         late = bar.hold_late if isfinite(bar.hold_late) else _LIMIT
         parts.append(
-            f'<line x1="{_x(bar.hold):.1f}" x2="{_x(late):.1f}" y1="{y}" y2="{y}" stroke="#cd2b31" stroke-opacity=".35" '
-            'stroke-width="4"/>'
+            f'<line x1="{_x(bar.hold):.1f}" x2="{_x(late):.1f}" y1="{y}" y2="{y}" stroke="#cd2b31" '
+            'stroke-opacity=".35" stroke-width="4"/>'
         )
         parts.append(f'<circle cx="{_x(bar.hold):.1f}" cy="{y}" r="5" fill="#cd2b31"/>')
     if isfinite(bar.alarm):

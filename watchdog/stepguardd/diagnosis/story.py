@@ -126,7 +126,7 @@ class Story:
             "" if after is None else f"{baseline}{after:.3g} over {min(_AFTER, incident.until - at)} steps"
         )
         match incident.reason:
-            case Reason.REWARD_START_LEVEL:
+            case Reason.REWARD_START_LEVEL | Reason.REWARD_LEVEL_FALL if self._is_at_start(after):
                 start = f", and the run started at {self._start:.3g}" if self._start is not None else ""
                 yield self._piece(Fact.FELL_TO_START, at, f"the reward fell {figures}{start}")
             case Reason.REWARD_DECAY | Reason.REWARD_COLLAPSE:
@@ -141,6 +141,13 @@ class Story:
                 pass
             case _:
                 yield self._piece(Fact.LEVEL_FELL, at, f"the reward fell {figures}")
+
+    def _is_at_start(self, level: float | None) -> bool:
+        """Whether a level is the one of the run's first steps, and the run had come far from there."""
+        base, start = self._baseline, self._start
+        if level is None or base is None or start is None or base - start < 0.15 * abs(base):
+            return False
+        return abs(level - start) <= 0.2 * (base - start)
 
     def _return(self) -> Iterator[Evidence]:
         """Did the reward come back, but only to about where the run had started?"""
@@ -161,8 +168,8 @@ class Story:
         if level <= start + 0.4 * (base - start) and level <= 0.8 * base:
             lowest, highest = min(v for _, v in back), max(v for _, v in back)
             text = (
-                f"the reward came back {len(back)} times to {lowest:.2f}–{highest:.2f}, about the base model's "
-                f"level (the run started at {start:.2f}), not to the {base:.2f} from before"
+                f"the reward came back {len(back)} times to {lowest:.2f}–{highest:.2f}, about the base "
+                f"model's level (the run started at {start:.2f}), not to the {base:.2f} from before"
             )
             yield self._piece(Fact.BACK_AT_START, back[0][0], text)
 

@@ -51,6 +51,7 @@ Figures = tuple[tuple[str, float], ...]
 _OK = Verdict()
 _new = tuple.__new__  # without the detour through Python that a named tuple's own constructor takes
 
+_HUGE = 1e100  # no reward; what is larger counts as infinite, and no square of what is smaller overflows
 _SUSPICIOUS_NATS = 2.0  # from here on values wait before they enter the baseline
 _BACK_NATS = 3.0  # 20 to 1 that the stream is back
 _SHORT = 4  # values: no run of equal ones that is shorter can be stuck
@@ -99,7 +100,7 @@ def observe(config: RewardConfig, state: RewardState, seen: Observation) -> tupl
         and failed is None
         and spread is None
         and baseline.seen >= config.warmup_steps
-        and value - value == 0.0
+        and -_HUGE < value < _HUGE
         and (value or value != baseline.last)
         and is_calm(baseline, learned, value)
         and (config.min_reward is None or value >= config.min_reward)
@@ -124,7 +125,7 @@ def observe(config: RewardConfig, state: RewardState, seen: Observation) -> tupl
             return _not_finite(state, seen, fault[0])
     if value is None:
         return _unknown(config, state, seen)
-    if not isfinite(value):
+    if not -_HUGE < value < _HUGE:  # nor is NaN
         return _not_finite(state, seen, Reason.REWARD_NOT_FINITE)
     if state.trip is not None and state.trip.level is not None:
         return _while_tripped(config, state, seen, value)
@@ -243,7 +244,11 @@ def _is_uneventful(
     if run is not None and (
         run.evidence >= config.warn_nats
         or not runs.is_natural(config, state.baseline, run)
-        or (value == 0.0 and _is_streak(config, run.length) and not runs.is_sparse(model, state.baseline))
+        or (
+            value == 0.0
+            and _is_streak(config, run.length)
+            and not runs.is_sparse(model, state.baseline, run.length)
+        )
     ):
         return False
     if fall is not None and (
@@ -310,7 +315,7 @@ def _hold(
             return held
     streak = config.zero_streak_hold
     long_enough = value == 0.0 and streak is not None and run is not None and run.length >= streak
-    if long_enough and run is not None and not runs.is_sparse(model, state.baseline):
+    if long_enough and run is not None and not runs.is_sparse(model, state.baseline, run.length):
         zeros = (("zeros", float(run.length)), ("zero_streak_hold", float(streak or 0)))
         return _held(state, seen, Reason.ZERO_STREAK, run.first_step, zeros)
     if config.min_reward is not None and value < config.min_reward:
@@ -504,7 +509,7 @@ def _warning(
         figures: Figures = (("value", value), ("run_length", float(run.length)))
         streak = config.zero_streak_warn
         long_enough = value == 0.0 and streak is not None and run.length >= streak
-        if long_enough and not runs.is_sparse(model, state.baseline):
+        if long_enough and not runs.is_sparse(model, state.baseline, run.length):
             return _warned(state, seen, Reason.ZERO_STREAK, run.first_step, figures)
         if run.evidence >= config.warn_nats:
             figures = (*figures, ("nats", run.evidence))

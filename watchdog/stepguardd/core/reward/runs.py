@@ -162,8 +162,11 @@ def is_natural(config: RewardConfig, baseline: Baseline, run: Run) -> bool:
     return (1 - run.length) * log(max(1.3 * baseline.tie_rate, LEAST_TIE)) < config.stuck_nats
 
 
-def is_sparse(model: Model | None, baseline: Baseline) -> bool:
-    """Whether an all-zero step is an everyday event of this baseline."""
+def is_sparse(model: Model | None, baseline: Baseline, zeros: int) -> bool:
+    """Whether an all-zero step is an everyday event of this baseline; `zeros` in a row do not count."""
     if model is None:
-        return baseline.high <= 0.0 or baseline.zero_rate > 0.05
+        if baseline.high <= 0.0:
+            return True
+        others = baseline.zero_rate * (baseline.seen + 1) - zeros  # the rate began as one zero in two
+        return others > 0.05 * baseline.seen + 0.5
     return max(log_constant(model, model.level, 0.0), log(max(baseline.zero_rate, 1e-12))) > log(0.05)
