@@ -116,7 +116,9 @@ def render(
     for kind, values in (("gauge", gauges), ("counter", counters)):
         for name, value in values.items():
             lines += [f"# TYPE sglang:{name} {kind}", sample(f"sglang:{name}", value, labels)]
-    lines += ["# TYPE sglang:http_requests_active gauge", sample("sglang:http_requests_active", active, ())]
+    generate: Labels = (("endpoint", "/generate"), ("method", "POST"))
+    lines.append("# TYPE sglang:http_requests_active gauge")
+    lines.append(sample("sglang:http_requests_active", active, generate))
     lines.append("# TYPE sglang:http_responses_total counter")
     for (endpoint, method, status), count in sorted(figures.responses.items()):
         found: Labels = (("endpoint", endpoint), ("method", method), ("status_code", status))

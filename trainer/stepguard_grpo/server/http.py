@@ -369,8 +369,6 @@ def _prompts(body: dict[str, Any]) -> tuple[list[list[int]], bool]:
     for prompt in prompts:
         if not isinstance(prompt, list) or any(type(token) is not int for token in prompt):
             raise _malformed("input_ids: a list of integers, or a list of such lists, is required.")
-        if not prompt:
-            raise _invalid("input_ids: a prompt is empty.")
     return prompts, single
 
 
