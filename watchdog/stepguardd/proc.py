@@ -18,6 +18,7 @@ _PROC: Final = Path("/proc")
 _TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 _DEAD: Final = frozenset("ZXx")
 _STOPPED: Final = frozenset("Tt")
+_ROLES: Final = ("scheduler", "detokenizer", "data_parallel", "resource_tracker")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,12 +138,17 @@ def _members(roots: set[int], stats: list[Stat]) -> tuple[Proc, ...]:
 
 
 def _role(found: Stat) -> str:
-    """What a process does in a server, out of its title: the kernel cuts `comm` to 15 characters."""
-    title = _cmdline(found.pid) or found.comm
-    for role in ("scheduler", "detokenizer", "data_parallel", "resource_tracker"):
-        if role in title or found.comm.endswith(role[:7]):
+    """
+    What a process does in a server, out of its title: the kernel cuts `comm` to 15 characters.
+
+    The leader of the session is the server, whatever its arguments hold, unless it calls itself otherwise.
+    """
+    program, _, arguments = _cmdline(found.pid).partition("\0")
+    leads = found.session == found.pid
+    for role in _ROLES:
+        if role in program or found.comm.endswith(role[:7]) or (not leads and role in arguments):
             return role
-    return "server" if found.session == found.pid else "child"
+    return "server" if leads else "child"
 
 
 def _environ(pid: int) -> list[bytes]:
@@ -154,7 +160,7 @@ def _environ(pid: int) -> list[bytes]:
 
 def _cmdline(pid: int) -> str:
     try:
-        return (_PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+        return (_PROC / str(pid) / "cmdline").read_bytes().decode("utf-8", "replace")
     except OSError:
         return ""
 
