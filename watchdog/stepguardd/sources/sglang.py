@@ -21,7 +21,13 @@ BODY_BYTES_MAX: Final = 1 << 20
 VERSION_CHARS_MAX: Final = 256
 
 _RUNNING: Final = ("sglang:num_running_reqs", "sglang:num_queue_reqs")
-_TOKENS: Final = ("sglang:generation_tokens_total", "sglang:prompt_tokens_total")
+_OPEN: Final = "sglang:http_requests_active"
+_GENERATING: Final = (b'"/generate"', b'"/v1/completions"', b'"/v1/chat/completions"')
+_TOKENS: Final = (
+    "sglang:realtime_tokens_total",  # moves with every forward pass; the next two when a request ends
+    "sglang:generation_tokens_total",
+    "sglang:prompt_tokens_total",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,15 +136,18 @@ def read_metrics(body: bytes) -> tuple[int | None, int | None]:
     """
     Requests in the server and tokens so far, summed over ranks; None where the server does not tell.
 
+    The scheduler's own count of requests lags by many passes, and stays 0 for one that hangs in its first:
+    what the parent holds open counts as well. Tokens may count twice: what matters is whether they move.
     A line filter and no parser: a full Prometheus parse costs twice a sidecar's whole budget at 1 Hz.
     """
     running: float | None = None
+    held_open: float | None = None
     tokens: float | None = None
     for line in body.splitlines():
         if not line.startswith(b"sglang:"):
             continue
         name = line.partition(b"{")[0].partition(b" ")[0].decode("ascii", "replace")
-        if name not in _RUNNING and name not in _TOKENS:
+        if name not in _RUNNING and name not in _TOKENS and name != _OPEN:
             continue
         try:
             value = float(line.rpartition(b" ")[2])
@@ -148,6 +157,10 @@ def read_metrics(body: bytes) -> tuple[int | None, int | None]:
             continue
         if name in _RUNNING:
             running = value + (running or 0.0)
-        else:
+        elif name in _TOKENS:
             tokens = value + (tokens or 0.0)
+        elif any(endpoint in line for endpoint in _GENERATING):
+            held_open = value + (held_open or 0.0)
+    if held_open is not None:
+        running = max(held_open, running or 0.0)
     return (None if running is None else int(running)), (None if tokens is None else int(tokens))
