@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from real_systemd.site import DAEMON, RUN, RUN_DIR, SECRET, SERVER, Site
+from real_systemd.site import SECRET, Site
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
@@ -12,81 +12,83 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 def test_start_returns_when_the_daemon_is_ready_and_runs_as_its_user(site: Site) -> None:
     """READY=1 came from a daemon whose socket answers; STATUS= is there to read."""
     machine = site.machine
-    machine.do("systemctl", "stop", DAEMON)
-    machine.do("systemctl", "start", DAEMON)
-    assert machine.show(DAEMON, "ActiveState") == "active"
-    assert site.status()["run"] == RUN
+    machine.do("systemctl", "stop", site.daemon)
+    machine.do("systemctl", "start", site.daemon)
+    assert machine.show(site.daemon, "ActiveState") == "active"
+    assert site.status()["run"] == site.run
     uid = machine.do("id", "-u", "stepguard").strip()
-    assert machine.do("stat", "-c", "%u", f"/proc/{site.main_pid(DAEMON)}").strip() == uid
-    machine.until(lambda: "mode act" in machine.show(DAEMON, "StatusText"), "a status line")
+    assert machine.do("stat", "-c", "%u", f"/proc/{site.main_pid(site.daemon)}").strip() == uid
+    machine.until(lambda: "mode act" in machine.show(site.daemon, "StatusText"), "a status line")
 
 
 def test_a_hung_decision_loop_is_ended_by_the_watchdog_and_comes_back(site: Site) -> None:
     site.steady()
-    machine, before, hung = site.machine, site.restarts(), site.main_pid(DAEMON)
-    serving = machine.show(SERVER, "InvocationID")
+    machine, before, hung = site.machine, site.restarts(), site.main_pid(site.daemon)
+    serving = machine.show(site.server, "InvocationID")
     machine.kill(hung, "STOP")
-    machine.until(lambda: machine.show(DAEMON, "Result") == "watchdog", "the watchdog bites", timeout_s=30)
+    machine.until(
+        lambda: machine.show(site.daemon, "Result") == "watchdog", "the watchdog bites", timeout_s=30
+    )
     machine.until(lambda: site.restarts() == before + 1, "systemd restarted the daemon", timeout_s=30)
     site.steady()
-    assert site.main_pid(DAEMON) != hung
-    assert machine.show(SERVER, "InvocationID") == serving
+    assert site.main_pid(site.daemon) != hung
+    assert machine.show(site.server, "InvocationID") == serving
 
 
 def test_a_killed_daemon_comes_back_with_its_pause_and_its_server(site: Site) -> None:
     """SIGKILL: what a person decided still holds, and the server is taken up, not started."""
     site.steady()
-    machine, before, killed = site.machine, site.restarts(), site.main_pid(DAEMON)
-    serving, server = machine.show(SERVER, "InvocationID"), site.server()
-    machine.do("systemctl", "start", f"stepguard-pause@{RUN}.service")
+    machine, before, killed = site.machine, site.restarts(), site.main_pid(site.daemon)
+    serving, server = machine.show(site.server, "InvocationID"), site.policy()
+    machine.do("systemctl", "start", f"stepguard-pause@{site.run}.service")
     generation = site.status()["gate"]["generation"]
     machine.kill(killed, "KILL")
-    machine.until(lambda: machine.show(DAEMON, "Result") == "signal", "it is dead", timeout_s=10)
+    machine.until(lambda: machine.show(site.daemon, "Result") == "signal", "it is dead", timeout_s=10)
     machine.until(lambda: site.restarts() == before + 1, "systemd restarted the daemon", timeout_s=30)
-    machine.until(lambda: site.server().get("state") == "serving", "the server is known again")
+    machine.until(lambda: site.policy().get("state") == "serving", "the server is known again")
     status = site.status()
     assert status["breaker"]["phase"] == "forced_open"
     assert status["gate"]["order"] == "HOLD"
     assert status["gate"]["generation"] >= generation
-    assert site.server()["pid"] == server["pid"]
-    assert site.server()["restarts"] == server["restarts"]
-    assert machine.show(SERVER, "InvocationID") == serving
+    assert site.policy()["pid"] == server["pid"]
+    assert site.policy()["restarts"] == server["restarts"]
+    assert machine.show(site.server, "InvocationID") == serving
 
 
 def test_a_clean_stop_leaves_the_server_and_the_gate_page(site: Site) -> None:
     site.steady()
-    machine, serving = site.machine, site.machine.show(SERVER, "InvocationID")
-    page = machine.path(f"{RUN_DIR}/gate").stat().st_ino
-    machine.do("systemctl", "stop", DAEMON)
-    assert machine.show(DAEMON, "Result") == "success"
-    assert machine.show(DAEMON, "ActiveState") == "inactive"
-    assert machine.show(SERVER, "ActiveState") == "active"
-    machine.do("systemctl", "start", DAEMON)
-    assert machine.path(f"{RUN_DIR}/gate").stat().st_ino == page
-    assert machine.show(SERVER, "InvocationID") == serving
+    machine, serving = site.machine, site.machine.show(site.server, "InvocationID")
+    page = machine.path(f"{site.run_dir}/gate").stat().st_ino
+    machine.do("systemctl", "stop", site.daemon)
+    assert machine.show(site.daemon, "Result") == "success"
+    assert machine.show(site.daemon, "ActiveState") == "inactive"
+    assert machine.show(site.server, "ActiveState") == "active"
+    machine.do("systemctl", "start", site.daemon)
+    assert machine.path(f"{site.run_dir}/gate").stat().st_ino == page
+    assert machine.show(site.server, "InvocationID") == serving
 
 
 def test_a_server_unit_whose_main_process_was_killed_is_started_once_more_by_the_daemon(site: Site) -> None:
     """As the user stepguard, through polkit: the unit's one more start is the daemon's own."""
     site.steady()
-    machine, before, known = site.machine, site.starts_of_server(), site.server()
-    serving, killed = machine.show(SERVER, "InvocationID"), site.main_pid(SERVER)
+    machine, before, known = site.machine, site.starts_of_server(), site.policy()
+    serving, killed = machine.show(site.server, "InvocationID"), site.main_pid(site.server)
     assert known["pid"] == killed
     machine.kill(killed, "KILL")
-    machine.until(lambda: site.server().get("restarts") == known["restarts"] + 1, "the daemon restarts it")
+    machine.until(lambda: site.policy().get("restarts") == known["restarts"] + 1, "the daemon restarts it")
     site.steady()
-    assert machine.show(SERVER, "InvocationID") != serving
-    assert site.server()["pid"] == site.main_pid(SERVER) != killed
+    assert machine.show(site.server, "InvocationID") != serving
+    assert site.policy()["pid"] == site.main_pid(site.server) != killed
     assert site.starts_of_server() == before + 1
-    assert machine.show(SERVER, "NRestarts") == "0"
+    assert machine.show(site.server, "NRestarts") == "0"
 
 
 def test_pause_holds_and_a_refused_rollback_fails_with_the_daemons_reason(site: Site) -> None:
     site.steady()
     machine = site.machine
-    machine.do("systemctl", "start", f"stepguard-pause@{RUN}.service")
+    machine.do("systemctl", "start", f"stepguard-pause@{site.run}.service")
     assert site.status()["gate"]["order"] == "HOLD"
-    rollback = f"stepguard-rollback@{RUN}.service"
+    rollback = f"stepguard-rollback@{site.run}.service"
     assert machine.run("systemctl", "start", rollback).returncode != 0
     assert machine.show(rollback, "ExecMainStatus") == "1"
     assert "no trainer reports to this run" in (machine.shared / "stepguard-rollback.log").read_text()
@@ -94,7 +96,7 @@ def test_pause_holds_and_a_refused_rollback_fails_with_the_daemons_reason(site: 
 
 def test_the_secret_reaches_the_unit_and_nobody_else(site: Site) -> None:
     site.steady()
-    machine, pid = site.machine, site.main_pid(DAEMON)
+    machine, pid = site.machine, site.main_pid(site.daemon)
     environment = machine.path(f"/proc/{pid}/environ").read_text().split("\0")
     folder = next(line.partition("=")[2] for line in environment if line.startswith("CREDENTIALS_DIRECTORY="))
 
@@ -106,7 +108,7 @@ def test_the_secret_reaches_the_unit_and_nobody_else(site: Site) -> None:
     assert reads("stepguard") == SECRET
     assert reads("nobody") == ""
     assert not any(SECRET in line for line in environment)
-    assert SECRET not in machine.do("systemctl", "show", DAEMON)
+    assert SECRET not in machine.do("systemctl", "show", site.daemon)
 
 
 def test_the_daemons_user_may_start_its_servers_and_nothing_else(site: Site) -> None:
@@ -116,11 +118,11 @@ def test_the_daemons_user_may_start_its_servers_and_nothing_else(site: Site) -> 
         asked = ("runuser", "-u", "stepguard", "--", "systemctl", "--no-ask-password", *words)
         return machine.run(*asked).returncode
 
-    assert asks("start", SERVER) == 0
+    assert asks("start", site.server) == 0
     assert asks("start", "other.service") != 0
-    assert asks("stop", DAEMON) != 0
+    assert asks("stop", site.daemon) != 0
     assert asks("start", "stepguard-server@../other.service") != 0
-    assert asks("set-property", "--runtime", SERVER, "TasksMax=5") != 0
+    assert asks("set-property", "--runtime", site.server, "TasksMax=5") != 0
     assert asks("daemon-reload") != 0
     assert machine.show("other.service", "ActiveState") == "inactive"
 
@@ -129,9 +131,9 @@ def test_what_the_daemon_writes_is_its_own_alone(site: Site) -> None:
     """The journal and the sockets of a run are closed to other users."""
     site.steady()
     for path, mode in (
-        (RUN_DIR, "750"),
-        (f"/var/lib/stepguard/{RUN}", "750"),
-        (f"{RUN_DIR}/control.sock", "660"),
+        (site.run_dir, "750"),
+        (f"/var/lib/stepguard/{site.run}", "750"),
+        (f"{site.run_dir}/control.sock", "660"),
     ):
         assert site.machine.do("stat", "-c", "%a %U", path).split() == [mode, "stepguard"], path
-    assert site.machine.run("runuser", "-u", "nobody", "--", "ls", RUN_DIR).returncode != 0
+    assert site.machine.run("runuser", "-u", "nobody", "--", "ls", site.run_dir).returncode != 0
