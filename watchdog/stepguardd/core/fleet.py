@@ -149,7 +149,8 @@ def _planned(server: Server, event: ServerProbed, now: float) -> Server:
     if unready and server.state is ServerState.SERVING:
         return server.move(ServerState.PLANNED, now, Reason.SERVER_PAUSED)
     if server.state is ServerState.PLANNED and event.ready is Answer.OK:
-        return server.move(ServerState.SERVING, now, None)
+        # What waited through the pause is not late: its time begins now.
+        return replace(server.move(ServerState.SERVING, now, None), tokens_at=now)
     return server
 
 
