@@ -212,7 +212,7 @@ def heal(world: World) -> None:
 
 
 @pytest.mark.timeout(120)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.booleans(), st.sampled_from(["act", "hold", "shadow"]), faults)
 def test_once_the_faults_stop_the_run_goes_on_or_a_person_was_called(
     push: bool, mode: str, story: list[tuple[str, str, float]]

@@ -750,7 +750,8 @@ def _settle_breaker(turn: Turn) -> None:
         _shadow(turn, held)
         return
     if state.lockout is not None and state.phase is not Phase.LOCKED_OUT:
-        _open_incident(turn, state.lockout.reason)
+        if state.incident is None:
+            _open_incident(turn, state.lockout.reason)
         _to(turn, Trigger.GIVE_UP)
     elif held is not None and state.phase in {Phase.CLOSED, Phase.HALF_OPEN}:
         if _starting(state) or held is Reason.RECONCILING:
