@@ -23,6 +23,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 TARGET = "stepguard-test.target"
 BOOT_TIMEOUT_S = 30.0
+WATCHDOG_S = 3
 PROGRAMS = (
     "unshare",
     "nsenter",
@@ -51,7 +52,7 @@ UNITS = {
     },
     **{f"{name}@.service.d/test.conf": BARE for name in ("stepguard-server", "stepguard-trainer")},
     "stepguardd@.service.d/test.conf": f"{BARE}[Service]\nStandardOutput=append:/run/shared/stepguardd.log\n"
-    "StandardError=inherit\nWatchdogSec=3\n",
+    f"StandardError=inherit\nWatchdogSec={WATCHDOG_S}\n",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from real_systemd.machine import WATCHDOG_S
 from real_systemd.site import SECRET, Site
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
@@ -19,6 +20,20 @@ def test_start_returns_when_the_daemon_is_ready_and_runs_as_its_user(site: Site)
     uid = machine.do("id", "-u", "stepguard").strip()
     assert machine.do("stat", "-c", "%u", f"/proc/{site.main_pid(site.daemon)}").strip() == uid
     machine.until(lambda: "mode act" in machine.show(site.daemon, "StatusText"), "a status line")
+
+
+def test_a_daemon_that_decides_feeds_its_watchdog(site: Site) -> None:
+    """Heard of for twice the watchdog's time, and never restarted."""
+    site.steady()
+    machine, before, fed = site.machine, site.restarts(), set()
+    pid = site.main_pid(site.daemon)
+
+    def heard_enough() -> bool:
+        fed.add(machine.show(site.daemon, "WatchdogTimestampMonotonic"))
+        return len(fed) > 2 * WATCHDOG_S
+
+    machine.until(heard_enough, "it is heard of every second", timeout_s=30)
+    assert (site.main_pid(site.daemon), site.restarts()) == (pid, before)
 
 
 def test_a_hung_decision_loop_is_ended_by_the_watchdog_and_comes_back(site: Site) -> None:
