@@ -240,8 +240,8 @@ def test_no_answer_makes_it_raise_anything_but_its_error(api: Clocked, server: S
 
 
 def test_the_key_comes_from_a_file_or_a_credential_and_errors_name_the_place(tmp_path, monkeypatch):
-    (tmp_path / "wandb-api-key").write_text("k123\n")
-    assert read_key(file=tmp_path / "wandb-api-key") == "k123"
+    (tmp_path / "secrets_wandb-api-key").write_text("k123\n")
+    assert read_key(file=tmp_path / "secrets_wandb-api-key") == "k123"
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
     assert read_key() == "k123"
     with pytest.raises(StreamError, match="other: the W&B key cannot be read"):

@@ -37,7 +37,7 @@ Int!) {
 """
 
 
-def read_key(name: str = "wandb-api-key", file: Path | None = None) -> str:
+def read_key(name: str = "secrets_wandb-api-key", file: Path | None = None) -> str:
     """
     Read the API key from `file`, else from systemd's credential `name`; never from the configuration or a
     command line.
