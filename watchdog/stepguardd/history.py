@@ -19,6 +19,7 @@ import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from stepguardd.sources.reward.aliases import Signal, canonical, find_reward_metric
@@ -76,7 +77,7 @@ def read_history(path: Path, *, metric: str | None = None) -> History:
 
     Args:
         path: a CSV or JSON-lines file, a W&B run or TensorBoard log (file or folder), or a text log.
-        metric: the reward's name in it; None: the one that the table of names knows.
+        metric: the reward's name in it, or a pattern for it; None: the one that the table of names knows.
 
     Raises:
         HistoryError: see the module.
@@ -116,9 +117,10 @@ def signal_of(name: str) -> str | None:
 def _chosen(path: Path, names: Iterable[str], metric: str | None) -> str:
     names = list(names)
     if metric is not None:
-        if metric not in names:
+        matching = sorted(name for name in names if name == metric or fnmatchcase(name, metric))
+        if not matching:
             raise HistoryError(f"{path}: no column {metric!r}; there are: {_listed(names)}")
-        return metric
+        return metric if metric in matching else matching[0]
     found = find_reward_metric(names)
     if found is None:
         raise HistoryError(

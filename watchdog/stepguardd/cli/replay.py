@@ -69,9 +69,8 @@ def settings(config: Path | None, metric: str | None) -> tuple[RewardConfig, str
         loaded = read_config(config).config
     except ConfigError as wrong:
         fail(str(wrong))
-    named = loaded.reward.metric
-    known = None if named == "auto" or "*" in named else named
-    return core_settings(loaded).reward, metric or known
+    named = None if loaded.reward.metric == "auto" else loaded.reward.metric
+    return core_settings(loaded).reward, metric or named
 
 
 def _show(result: Replayed) -> None:

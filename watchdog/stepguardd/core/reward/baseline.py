@@ -45,6 +45,7 @@ _SETTLED = 300  # values after which a grid that explains them all is believed
 _LARGEST_GRID = 4096
 _DEGREES = 8.0  # of Student's t
 _LOG_T_PEAK = log(0.3867)
+_IMPOSSIBLE = -60.0  # nats, for what a share cannot be
 _SATURATED = 0.97  # allow for three failures in a hundred even where none was seen
 LEAST_TIE = 0.08
 """Ties are never rarer: a log with few decimals, or few possible rewards, ties more than modelled."""
@@ -385,6 +386,8 @@ def _decimals(value: float) -> int:
 
 
 def _log_beta_binomial(model: Model, p: float, value: float) -> float:
+    if value < 0.0 or value > 1.0:
+        return _IMPOSSIBLE
     n = model.rollouts
     k = round(value * n)
     excess = n / model.effective - 1.0  # the over-dispersion above a binomial's

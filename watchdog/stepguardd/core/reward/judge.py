@@ -61,7 +61,7 @@ _WITNESS_NATS = 4.0  # what a second witness must say to count
 # For "exactly the starting level" against "some other level": a switch rarely lands there. Every switch that
 # this run has had makes another one more likely than stale weights, and so the threshold higher.
 _START_ODDS = 5.0
-_START_STEPS = 4, 8  # since the onset; later the odds would be asked too often, and a climb may pass by
+_START_STEPS = 4, 12  # since the onset; later the odds would be asked too often, and a climb may pass by
 _TREND_NATS = 7.0
 _TREND_STEPS = 8
 _DECAYED = 0.36  # of the baseline's height: what a decay may leave before it is held
@@ -84,43 +84,10 @@ def observe(config: RewardConfig, state: RewardState, seen: Observation) -> tupl
 
     """
     attempt, step, value, _, failed, spread, metrics, marks = seen
-    was_attempt, was, baseline, learned, run, fall, tracks, others, _, _, episode, trip = state
-    if was is None:
-        pass
-    elif (attempt != was_attempt) or step < was:
+    if state.step is not None and (attempt != state.attempt or step < state.step):
         state = _restarted(state, seen)
-    elif (
-        value is not None
-        and fall is None
-        and (run is None or (run.length < _SHORT and not run.rollouts))
-        and others is None
-        and episode is None
-        and trip is None
-        and not (tracks or metrics or marks)
-        and failed is None
-        and spread is None
-        and baseline.seen >= config.warmup_steps
-        and -_HUGE < value < _HUGE
-        and (value or value != baseline.last)
-        and is_calm(baseline, learned, value)
-        and (config.min_reward is None or value >= config.min_reward)
-    ):
-        # Nothing is going on, and nothing begins: this is nearly every step of a healthy run.
-        if value == baseline.last:
-            run = Run(value, 2, was) if run is None else Run(value, run.length + 1, run.first_step)
-            baseline = absorb(config, baseline, value, False)
-        else:
-            run = None
-            if value and is_mature(baseline, config.memory_steps):
-                baseline = absorb_calm(baseline, value, config.memory_steps)
-            else:
-                baseline = absorb(config, baseline, value, False)
-        if step >= learned.due or not learned.decided:
-            baseline, learned = learn(config, baseline, learned, step, value, seen.ok)
-        return _new(RewardState, (attempt, step, baseline, learned, run, *_AT_REST)), _OK
-    if metrics or marks or failed is not None or spread is not None or others is not None:
-        tracks = witnesses.follow(tracks, seen)
-        state = state._replace(tracks=tracks, witnesses=witnesses.testify(others, tracks, seen))
+    if metrics or marks or failed is not None or spread is not None or state.witnesses is not None:
+        state = _with_witnesses(state, seen)
         if (fault := witnesses.broken(seen)) is not None:
             return _not_finite(state, seen, fault[0])
     if value is None:
@@ -129,10 +96,62 @@ def observe(config: RewardConfig, state: RewardState, seen: Observation) -> tupl
         return _not_finite(state, seen, Reason.REWARD_NOT_FINITE)
     if state.trip is not None and state.trip.level is not None:
         return _while_tripped(config, state, seen, value)
+    if is_calm(state.baseline, state.learned, value) and _is_at_rest(config, state, seen, value):
+        return _calm(config, state, seen, value), _OK
     return _judged(config, state, seen, value)
 
 
-_AT_REST = RewardState()[5:]
+def _is_at_rest(config: RewardConfig, state: RewardState, seen: Observation, value: float) -> bool:
+    """Whether nothing is going on that a calm value could be part of, or end."""
+    _, was, baseline, _, run, fall, _, _, _, _, episode, trip = state
+    return (
+        fall is None
+        and (run is None or (run.length < _SHORT and not run.rollouts))
+        and episode is None
+        and trip is None
+        and was is not None
+        and baseline.seen >= config.warmup_steps
+        and (value != 0.0 or value != baseline.last)
+        and _no_witness(state)
+        and not _same_spread(state, seen, value)
+        and (config.min_reward is None or value >= config.min_reward)
+    )
+
+
+def _calm(config: RewardConfig, state: RewardState, seen: Observation, value: float) -> RewardState:
+    """The state after a calm value at rest, which is learned and no more: most steps of a healthy run."""
+    _, was, baseline, learned, run, _, tracks, others, _, _, _, _ = state
+    memory = config.memory_steps
+    if value == baseline.last:
+        assert was is not None
+        run = Run(value, 2, was) if run is None else Run(value, run.length + 1, run.first_step)
+        baseline = absorb(config, baseline, value, False)
+    else:
+        run = None
+        if value and is_mature(baseline, memory):
+            baseline = absorb_calm(baseline, value, memory)
+        else:
+            baseline = absorb(config, baseline, value, False)
+    step = seen.step
+    if step >= learned.due or not learned.decided:
+        baseline, learned = learn(config, baseline, learned, step, value, seen.ok)
+    fields = (seen.attempt, step, baseline, learned, run, None, tracks, others, 0, 0, None, None)
+    return _new(RewardState, fields)
+
+
+def _with_witnesses(state: RewardState, seen: Observation) -> RewardState:
+    attempt, step, baseline, learned, run, fall, tracks, others, *rest = state
+    tracks = witnesses.follow(tracks, seen)
+    others = witnesses.testify(others, tracks, seen)
+    return _new(RewardState, (attempt, step, baseline, learned, run, fall, tracks, others, *rest))
+
+
+def _no_witness(state: RewardState) -> bool:
+    """Whether no second witness speaks, and no metric is far from where it usually is."""
+    others = state.witnesses
+    return (others is None or not (others.infra or others.weights)) and (
+        not state.tracks or witnesses.are_quiet(state.tracks)
+    )
 
 
 def silence(config: RewardConfig, quiet_s: float) -> Verdict | None:
@@ -257,9 +276,8 @@ def _is_uneventful(
         return False
     return (
         state.episode is None
-        and state.witnesses is None
-        and not state.tracks
-        and seen.spread is None
+        and _no_witness(state)
+        and not _same_spread(state, seen, value)
         and (state.fall is None or not state.fall.active)
         and (config.min_reward is None or value >= config.min_reward)
     )

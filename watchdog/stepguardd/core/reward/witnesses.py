@@ -15,7 +15,7 @@ from math import isfinite, log
 from stepguardd.core.reasons import Reason
 from stepguardd.core.reward.model import Observation, Track, Witness, Witnesses
 
-__all__ = ["CANONICAL", "broken", "failing_share", "follow", "policy_moved", "testify", "warned"]
+__all__ = ["CANONICAL", "are_quiet", "broken", "failing_share", "follow", "policy_moved", "testify", "warned"]
 
 CANONICAL = (
     "entropy",
@@ -28,6 +28,9 @@ CANONICAL = (
 )
 """The followed metrics. `loss` and `grad_norm` are only checked for being finite."""
 
+_new = tuple.__new__
+
+_HUGE = 1e12  # no metric; what is larger says nothing
 _SETTLING = 10  # observations before a metric's movement means anything
 _MEMORY = 40
 _FAR = 6.0  # scales
@@ -76,27 +79,33 @@ def failing_share(seen: Observation) -> float | None:
 
 def follow(tracks: tuple[Track, ...], seen: Observation) -> tuple[Track, ...]:
     """The tracks after one observation. A metric that is absent or not finite leaves its track as it was."""
-    known = {track.name: track for track in tracks}
-    failing = failing_share(seen)
-    for name in CANONICAL:
-        value = failing if name == "aborted_ratio" else seen.metrics.get(name)
-        if name == "reward_std" and seen.spread is not None:
-            value = seen.spread[0]
-        if value is not None and isfinite(value) and abs(value) < 1e12:
-            known[name] = _followed(known.get(name) or Track(name), value)
-    return tuple(known.values())
+    after = [
+        track if (value := _value(track.name, seen)) is None else _followed(track, value) for track in tracks
+    ]
+    if len(tracks) < len(CANONICAL):
+        known = {track.name for track in tracks}
+        new = ((name, _value(name, seen)) for name in CANONICAL if name not in known)
+        after.extend(Track(name, 1, value) for name, value in new if value is not None)
+    return tuple(after)
+
+
+def _value(name: str, seen: Observation) -> float | None:
+    """What an observation says about a followed metric; None when it says nothing that can be used."""
+    if name == "aborted_ratio":
+        return failing_share(seen)
+    value = seen.spread[0] if name == "reward_std" and seen.spread is not None else seen.metrics.get(name)
+    return value if value is not None and -_HUGE < value < _HUGE else None
 
 
 def _followed(track: Track, value: float) -> Track:
     name, count, mean, scale, _, high_for, moved_ago = track
     if moved_ago >= 0:
         moved_ago += 1
-    if count == 0:
-        return Track(name, 1, value)
     deviation = value - mean
     share, least = _MATTERS[name]
-    z = deviation / max(scale, 0.02 * abs(mean), 0.1 * least)
-    if count >= _SETTLING and abs(z) > _FAR and abs(deviation) > share * abs(mean) + least:
+    size = abs(mean)
+    z = deviation / max(scale, 0.02 * size, 0.1 * least)
+    if count >= _SETTLING and (z > _FAR or z < -_FAR) and abs(deviation) > share * size + least:
         direction = 1 if deviation > 0 else -1
         high_for = high_for + direction if high_for * direction > 0 else direction
         if abs(high_for) <= 15:
@@ -104,8 +113,16 @@ def _followed(track: Track, value: float) -> Track:
         return Track(name, _SETTLING, value, scale, z, 0, 0)  # this is how things are now
     weight = min(count + 1, _MEMORY)
     mean += deviation / weight
-    scale += (1.2533 * min(abs(deviation), 5 * scale if count > _SETTLING else 1e12) - scale) / weight
-    return Track(name, count + 1, mean, scale, z, 0, moved_ago)
+    spread = abs(deviation)
+    if count > _SETTLING and spread > 5 * scale:
+        spread = 5 * scale
+    scale += (1.2533 * spread - scale) / weight
+    return _new(Track, (name, count + 1, mean, scale, z, 0, moved_ago))
+
+
+def are_quiet(tracks: tuple[Track, ...]) -> bool:
+    """Whether no metric is far from where it usually is."""
+    return not any(track.high_for for track in tracks)
 
 
 def testify(before: Witnesses | None, tracks: tuple[Track, ...], seen: Observation) -> Witnesses | None:
