@@ -89,6 +89,34 @@ def test_one_raising_trajectory_is_masked_and_ends_the_unguarded_run(tmp_path: P
     assert unguarded["steps"] < 50
 
 
+def test_a_pause_is_waited_for(tmp_path: Path) -> None:
+    """Somebody pauses the server for longer than a deadlock is given: no hold, no restart, no step lost."""
+    guarded = run_demo(tmp_path / "pause", "--fault", "pause", "--steps", "50")["guarded"]
+    assert guarded["lost_s"] > 5, "the pause never came"
+    assert (guarded["garbage_steps"], guarded["holds"], guarded["restarts"]) == (0, 0, 0)
+    assert guarded["steps"] == 50
+
+
+def test_what_the_embedded_server_lacks_is_said_at_once(tmp_path: Path) -> None:
+    """It has no detokenizer; and a real SGLang that is not installed is named with its remedy."""
+    command = [sys.executable, "-m", "stepguardd", "demo", "--dir", str(tmp_path / "none"), "--fault"]
+    done = subprocess.run([*command, "detokenizer"], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "--server sglang" in done.stderr
+    environment = os.environ | {"SGLANG_VENV": str(tmp_path / "no-such-folder")}
+    done = subprocess.run(
+        [*command, "kill", "--server", "sglang"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=environment,
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "make sglang" in done.stderr
+    assert not (tmp_path / "none").exists()
+
+
 def test_ctrl_c_leaves_no_process_behind(tmp_path: Path) -> None:
     """SIGINT in the middle of a run: daemon, server and trainer are gone when the demo is."""
     folder = tmp_path / "stopped"

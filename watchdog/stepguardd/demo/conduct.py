@@ -228,7 +228,8 @@ class Arena:
         backend = "none" if self._scenario.supervised else "process"
         lines = [
             "[run]",
-            'name = "demo"',
+            # A server is found again by its run's name: two demos at a time must not find each other's.
+            f'name = "demo-{self._port}"',
             f"run_dir = {json.dumps(str(run_dir))}",
             f"state_dir = {json.dumps(str(self.root / 'state'))}",
             'mode = "act"',

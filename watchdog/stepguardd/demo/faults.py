@@ -16,7 +16,7 @@ import httpx
 
 from .. import clock, proc
 
-PAUSE_S: Final = 8.0
+PAUSE_S: Final = 12.0  # longer than a deadlock would be given
 _CALL_TIMEOUT_S: Final = 10.0
 
 
