@@ -25,6 +25,7 @@ TARGET = "stepguard-test.target"
 BOOT_TIMEOUT_S = 30.0
 WATCHDOG_S = 3
 PROGRAMS = (
+    "setpriv",
     "unshare",
     "nsenter",
     "systemctl",
@@ -120,6 +121,7 @@ class Machine:
             "-c",
             into,
             str(self._cgroup),
+            *("setpriv", "--pdeathsig", "KILL"),  # were this process killed, all of it would end as well
             "unshare",
             "-fpmuC",
             "--mount-proc",

@@ -152,3 +152,11 @@ def test_what_the_daemon_writes_is_its_own_alone(site: Site) -> None:
     ):
         assert site.machine.do("stat", "-c", "%a %U", path).split() == [mode, "stepguard"], path
     assert site.machine.run("runuser", "-u", "nobody", "--", "ls", site.run_dir).returncode != 0
+
+
+def test_the_daemon_can_read_its_servers_log(site: Site) -> None:
+    """systemd opens it as root; the folder is the daemon's user's, and closed to others."""
+    site.steady()
+    log = f"/var/log/stepguard/server-{site.run}.log"
+    assert "ready to roll" in site.machine.do("runuser", "-u", "stepguard", "--", "cat", log)
+    assert site.machine.run("runuser", "-u", "nobody", "--", "cat", log).returncode != 0

@@ -31,7 +31,6 @@ _USERS_SERVICE_KEYS: Final = frozenset(
         "EnvironmentFile",
         "Restart",
         "RestartSec",
-        "RestartPreventExitStatus",
         "TimeoutStartSec",
         "WatchdogSec",
         "TimeoutAbortSec",
