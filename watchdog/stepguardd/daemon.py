@@ -417,12 +417,15 @@ class Daemon:
                     server.adopt(outcome.procs)
                 return outcome
             case RunCanary():
-                return await canary(
+                outcome = await canary(
                     server.http,
                     requests=recovery.canary_requests,
                     timeout_s=recovery.canary_timeout_s,
                     ours=server.answers_itself,
                 )
+                # What generates is all there now: no process of it may end unwatched from here on.
+                server.processes.look()
+                return outcome
             case PushWeights():
                 assert self.config.weights.path is not None
                 return await push(
