@@ -117,8 +117,9 @@ def test_what_the_embedded_server_lacks_is_said_at_once(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
-def test_ctrl_c_leaves_no_process_behind(tmp_path: Path) -> None:
-    """SIGINT in the middle of a run: daemon, server and trainer are gone when the demo is."""
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_demo_told_to_end_leaves_no_process_behind(tmp_path: Path, how: signal.Signals) -> None:
+    """Ctrl-C or a TERM in the middle of a run: daemon, server and trainer are gone when the demo is."""
     folder = tmp_path / "stopped"
     command = [sys.executable, "-m", "stepguardd", "demo", "--fault", "none", "--no-ui", "--dir", str(folder)]
     demo = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
@@ -128,7 +129,7 @@ def test_ctrl_c_leaves_no_process_behind(tmp_path: Path) -> None:
         while not truth.exists() and time.monotonic() < deadline and demo.poll() is None:
             time.sleep(0.1)
         assert len(processes_of(folder)) >= 4, "daemon, server, scheduler and trainer should be running"
-        demo.send_signal(signal.SIGINT)
+        demo.send_signal(how)
         _, stderr = demo.communicate(timeout=60)
     finally:
         if demo.poll() is None:

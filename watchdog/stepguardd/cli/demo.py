@@ -1,6 +1,7 @@
 """`stepguard demo`: one real training run with a real fault, protected; beside it, the same without."""
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -58,6 +59,7 @@ def demo(
         fail(f"--dir: cannot make {root} ({error.strerror})")
     if any(root.iterdir()):
         fail(f"--dir: {root} is not empty; name another folder")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # told to end, it ends its processes too
     view = View(scenario, plain=no_ui or as_json or not sys.stderr.isatty(), picture=picture)
     fixed = round(0.5 * steps) if fault is Fault.TRAJECTORY else None
     plan = Plan(
