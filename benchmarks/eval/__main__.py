@@ -156,7 +156,7 @@ def _print(calm: Sequence[HealthyRow], bad: Sequence[FaultyRow]) -> bool:
     )
     good = good and not any(one.missed for one in bad)
     print(
-        f"\nGoals: at most {_HOLDS_GOAL} holds and {_WARNINGS_GOAL} warnings, no curve missed, delays as above."
+        f"\nGoals: at most {_HOLDS_GOAL} holds, {_WARNINGS_GOAL} warnings; no curve missed; delays as above."
     )
     print("All goals are met." if good else "Not all goals are met.")
     return good

@@ -9,6 +9,10 @@ minimises the worst-case expected delay among all tests with that budget (Mousta
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # small matrices: threads only wait for each other
+
 import numpy as np
 from numpy.typing import NDArray
 

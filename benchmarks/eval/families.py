@@ -389,7 +389,8 @@ def stale(rng: Rng) -> Curve:
 def stuck(rng: Rng) -> Curve:
     whole = crash(rng)
     assert whole.onset is not None
-    last = whole.values[whole.onset - 1]
+    # Stuck at a perfect 1 is what saturation looks like too: no curve could tell.
+    last = next(value for value in reversed(whole.values[: whole.onset]) if value != 1.0)
     values = [*whole.values[: whole.onset], *[last] * 80]
     return Curve(steps=list(range(len(values))), values=values, onset=whole.onset)
 
