@@ -190,7 +190,7 @@ class SmallRun:
 
     def tree(self) -> tuple[proc.Proc, ...]:
         """The server's processes."""
-        return proc.marked("STEPGUARD_SERVER", f"{self.name}/server")
+        return proc.marked("STEPGUARD_SERVER", f"{self.name}@{self.state_dir}/server")
 
     def kill_scheduler(self) -> None:
         scheduler = [known for known in self.tree() if known.role == "scheduler"]

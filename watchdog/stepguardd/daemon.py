@@ -70,11 +70,11 @@ class DaemonError(Exception):
 class WatchedServer:
     """One server's parts: who owns it, its HTTP client, its processes."""
 
-    def __init__(self, run: str, config: Config, index: int, emit: Callable[[Event], None]) -> None:
+    def __init__(self, config: Config, index: int, emit: Callable[[Event], None]) -> None:
         self.settings = config.servers[index]
         default_log = config.run.state_dir / "servers" / f"{self.settings.name}.log"
         self.log = self.settings.log or default_log
-        self.backend = servers.backend(run, self.settings, self.log)
+        self.backend = servers.backend(identity(config), self.settings, self.log)
         self.http = sglang.client(self.settings.url, config.probe.timeout_s)
         self.processes = ServerProcesses(self.settings.name, self.backend.find, emit)
         self.changing = asyncio.Lock()
@@ -207,7 +207,7 @@ class Daemon:
         self._page = TrainerPage(self.gate.page, self.feed)
         self._stream = RewardStream.of(self.config, self.state.stream_position, self.feed)
         for index, settings in enumerate(self.config.servers):
-            self._servers[settings.name] = WatchedServer(run.name, self.config, index, self.feed)
+            self._servers[settings.name] = WatchedServer(self.config, index, self.feed)
         return restored.unfinished
 
     def _guard_settings(self) -> GuardSettings:
@@ -235,7 +235,7 @@ class Daemon:
     def _refuse_strangers(self) -> None:
         """Nothing is known of this run yet, and somebody else sits on a server's port: a wrong config."""
         for settings in self.config.servers:
-            backend = servers.backend(self.config.run.name, settings, Path(os.devnull))
+            backend = servers.backend(identity(self.config), settings, Path(os.devnull))
             blocked = backend.blocked() if isinstance(backend, servers.ProcessBackend) else None
             if blocked is not None:
                 raise DaemonError(f"servers.url: {blocked}")
@@ -424,7 +424,7 @@ class Daemon:
                     ours=server.answers_itself,
                 )
                 # What generates is all there now: no process of it may end unwatched from here on.
-                server.processes.look()
+                await server.look()
                 return outcome
             case PushWeights():
                 assert self.config.weights.path is not None
@@ -577,3 +577,8 @@ def _text(value: object) -> str | None:
 
 def _whole(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def identity(config: Config) -> str:
+    """What names a run on this machine: two runs of one name must not take up each other's servers."""
+    return f"{config.run.name}@{config.run.state_dir}"

@@ -60,7 +60,7 @@ class ProcessBackend:
     The server as the daemon's child, in a session of its own: it outlives the daemon and is found again.
 
     Args:
-        run: the run's name.
+        run: what names the run on this machine.
         settings: the server's table of the config.
         log: where its output goes.
 
