@@ -1,6 +1,5 @@
 """Recorded runs: read strictly, judged like live ones, told in one fixed shape."""
 
-import gc
 import json
 import math
 import random
@@ -41,11 +40,8 @@ def replayed(path: Path, **config: float) -> dict:
 
 def stepguard(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of the command line."""
-    try:
-        with pytest.raises(SystemExit) as left:
-            main([str(argument) for argument in arguments])
-    finally:
-        gc.enable()  # replay turns it off for its own process
+    with pytest.raises(SystemExit) as left:
+        main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
     assert isinstance(left.value.code, int)
     return left.value.code, out, err

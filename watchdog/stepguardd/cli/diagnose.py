@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from stepguardd.cli.output import fail, print_json, say
+from stepguardd.cli.output import console, fail, print_json, say
 from stepguardd.cli.replay import settings
 from stepguardd.diagnosis.case import CaseError, investigate
 from stepguardd.diagnosis.report import as_json, as_markdown, as_page
@@ -37,7 +37,8 @@ def diagnose(
     """Read metrics, logs, kernel log and checkpoints of a run, and say what most likely went wrong."""
     judged_by, named = settings(config, metric)
     try:
-        case = investigate(paths or [Path()], judged_by, metric=named, at=at)
+        with console(as_json=True).status("reading") as status:
+            case = investigate(paths or [Path()], judged_by, metric=named, at=at, progress=status.update)
     except CaseError as wrong:
         fail(str(wrong))
     if html is not None:

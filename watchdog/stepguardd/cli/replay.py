@@ -2,12 +2,14 @@
 
 import gc
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from stepguardd.cli.output import fail, print_json, say
+from stepguardd.cli.output import console, fail, print_json, say
 from stepguardd.core.reward import RewardConfig
 from stepguardd.history import HistoryError, read_history
 from stepguardd.oneline import one_line
@@ -34,13 +36,16 @@ def replay(
 ) -> None:
     """Judge recorded runs as live ones would be: what would have been held, what warned about."""
     judged_by, named = settings(config, metric)
-    gc.disable()  # a million small tuples and no cycle among them: collecting would take a third of the time
     try:
-        # Read all before judging any: a bad file is wrong use, and wrong use prints no half answer.
-        histories = [read_history(path, metric=named) for path in files]
+        with _without_collecting(), console(as_json=True).status("reading") as status:
+            # Read all before judging any: a bad file is wrong use, and wrong use prints no half answer.
+            histories = [read_history(path, metric=named) for path in files]
+            results = []
+            for history in histories:
+                status.update(f"judging {history.source}")
+                results.append(run(judged_by, history))
     except HistoryError as wrong:
         fail(str(wrong))
-    results = [run(judged_by, history) for history in histories]
     for result in results:
         if json:
             print_json(as_json(result))
@@ -56,6 +61,18 @@ def replay(
         except OSError as wrong:
             fail(f"{html}: {wrong.strerror}")
         say(f"wrote {html}")
+
+
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """A million small tuples and no cycle among them: collecting would take a third of the time."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def settings(config: Path | None, metric: str | None) -> tuple[RewardConfig, str | None]:
