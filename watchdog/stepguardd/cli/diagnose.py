@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from stepguardd.cli.output import console, fail, print_json, say
 from stepguardd.cli.replay import settings
@@ -38,7 +39,13 @@ def diagnose(
     judged_by, named = settings(config, metric)
     try:
         with console(as_json=True).status("reading") as status:
-            case = investigate(paths or [Path()], judged_by, metric=named, at=at, progress=status.update)
+            case = investigate(
+                paths or [Path()],
+                judged_by,
+                metric=named,
+                at=at,
+                progress=lambda what: status.update(escape(f"reading {what}")),
+            )
     except CaseError as wrong:
         fail(str(wrong))
     if html is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from stepguardd.cli.output import console, fail, print_json, say
 from stepguardd.core.reward import RewardConfig
@@ -42,7 +43,7 @@ def replay(
             histories = [read_history(path, metric=named) for path in files]
             results = []
             for history in histories:
-                status.update(f"judging {history.source}")
+                status.update(escape(f"judging {history.source}"))
                 results.append(run(judged_by, history))
     except HistoryError as wrong:
         fail(str(wrong))
