@@ -20,6 +20,9 @@ from stepguardd.sources import sglang
 from stepguardd.sources.sglang import BODY_BYTES_MAX, Reply, read_metrics, weight_version
 
 Answering = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+# Real sockets, some of which drip on purpose.
+pytestmark = pytest.mark.e2e
+
 GIB = 1 << 30
 QUICK_S = 0.5
 

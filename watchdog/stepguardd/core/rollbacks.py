@@ -1,0 +1,93 @@
+"""A rollback: the checkpoints are prepared, the trainer is ordered to the target, the weights are proven."""
+
+from dataclasses import replace
+
+from . import fleet, recovery
+from .breaker import Phase
+from .commands import PrepareRollback
+from .events import (
+    EffectEnded,
+)
+from .reasons import Reason
+from .state import (
+    Mode,
+    Rollback,
+    ServerState,
+)
+from .turn import Turn
+
+
+def begin(turn: Turn, before_step: int, reason: Reason) -> None:
+    """Begin one, or say why not: in another mode than act it takes a person."""
+    state = turn.state
+    if state.rollback is not None:
+        return
+    if state.phase is Phase.SHADOW and reason is Reason.OPERATOR_ROLLBACK:
+        turn.note("call", reason, "mode shadow gives no orders: set mode hold or act, and ask again")
+        return
+    if state.mode is not Mode.ACT and reason is not Reason.OPERATOR_ROLLBACK:
+        turn.note("would", reason, f"would roll back to before step {before_step} in mode act")
+        return
+    if not state.trainer.handles_rollback:
+        turn.note("call", reason, "the trainer cannot roll back in place: a person has to relaunch it")
+        return
+    intent = turn.intent("prepare-rollback")
+    turn.state = replace(
+        turn.state,
+        rollback=Rollback(before_step=before_step, reason=reason, since=turn.now, intent=intent),
+    )
+    turn.commands.append(PrepareRollback(intent=intent, before_step=before_step))
+
+
+def target_found(turn: Turn, rollback: Rollback, event: EffectEnded) -> None:
+    """The checkpoints are prepared: order the trainer to the target, or call a person."""
+    if not event.ok or event.target_step is None:
+        turn.state = replace(turn.state, rollback=None)
+        turn.note("call", Reason.NO_CHECKPOINT, f"no checkpoint to roll back to: {event.detail}")
+        if rollback.reason is not Reason.OPERATOR_ROLLBACK:
+            recovery.lock_out(turn, None, Reason.NO_CHECKPOINT)
+        return
+    turn.state = replace(
+        turn.state,
+        rollback=replace(
+            rollback,
+            intent=None,
+            target_step=event.target_step,
+            target_path=event.target_path,
+            generation=turn.state.gate.generation + 1,
+        ),
+    )
+    turn.note("action", rollback.reason, f"rolling back to the checkpoint of {event.detail}")
+
+
+def rolled_back(turn: Turn, rollback: Rollback, ok: bool, detail: str) -> None:
+    """The trainer answered ROLLBACK: the servers hold the weights of a later step now."""
+    turn.state = replace(turn.state, rollback=None)
+    if not ok:
+        turn.note("call", Reason.ROLLBACK_FAILED, f"the trainer could not roll back: {detail}")
+        recovery.lock_out(turn, None, Reason.ROLLBACK_FAILED)
+        return
+    turn.count("rollbacks")
+    turn.note("action", rollback.reason, f"rolled back to step {rollback.target_step}")
+    trip = turn.state.trip
+    turn.state = replace(
+        turn.state,
+        trip=None if trip is None else replace(trip, infra=True),
+        trainer=replace(turn.state.trainer, committed_step=rollback.target_step, weight_version=None),
+    )
+    # The servers hold the weights of a later step now.
+    for server in turn.state.servers:
+        if server.state is ServerState.SERVING:
+            recovery.suspect(
+                turn, server, fleet.Suspicion(reason=Reason.ROLLED_BACK, remedy=fleet.Remedy.RESYNC)
+            )
+
+
+def wait(turn: Turn) -> None:
+    """A trainer that stands at the gate and does not roll back will not."""
+    rollback, trainer, settings = turn.state.rollback, turn.state.trainer, turn.state.settings
+    if rollback is None or rollback.generation is None or trainer.phase != "HELD":
+        return
+    held_s = turn.now - max(rollback.since, trainer.phase_at or rollback.since)
+    if held_s > settings.save_timeout_s:
+        rolled_back(turn, rollback, False, f"no answer for {held_s:.0f} s")
