@@ -6,6 +6,7 @@ thing that happened. Colour never stands alone: every state is a word as well.
 """
 
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from io import StringIO
@@ -149,7 +150,9 @@ class View:
         console = Console(record=True, width=WIDTH, file=StringIO(), highlight=False, force_terminal=True)
         console.print(self._draw())
         path.parent.mkdir(parents=True, exist_ok=True)
-        console.save_svg(str(path), title=f"stepguard demo --fault {self._scenario.fault.value}")
+        picture = console.export_svg(title=f"stepguard demo --fault {self._scenario.fault.value}")
+        # rich would have it load a font from the network; a picture in a repository should load nothing.
+        path.write_text(re.sub(r"@font-face\s*{[^}]*}", "", picture))
 
 
 def _title(plan: Plan) -> str:
