@@ -11,6 +11,8 @@ so that a lag makes the tests blinder, never trigger-happy. It does not promise 
 between several healthy levels.
 """
 
+# ruff: noqa: FURB136, PLR1730 - min() and max() cost ten comparisons each, and this runs on every step
+
 from __future__ import annotations
 
 from math import erfc, exp, lgamma, log, log1p, sqrt
@@ -22,7 +24,7 @@ __all__ = [
     "LEAST_TIE",
     "Model",
     "absorb",
-    "absorb_calm",
+    "absorb_any",
     "adopt",
     "grid_size",
     "is_calm",
@@ -81,7 +83,8 @@ def model_of(config: RewardConfig, baseline: Baseline, learned: Learned, ok: int
         n = float(ok or baseline.rollouts)
         least = 0.5 / (n * weight)
         p = baseline.level
-        p = max(least, min(p, 1 - least))
+        if not least <= p <= 1 - least:
+            p = least if p < least else 1 - least
         sigma = sqrt(p * (1 - p) / n * baseline.noise)
         # One standard error below, on the scale of the logarithm: where successes are rare the error is
         # relative.
@@ -119,60 +122,6 @@ def is_calm(baseline: Baseline, learned: Learned, value: float) -> bool:
     return (value - level) ** 2 < 0.49 * baseline.noise
 
 
-def absorb_calm(baseline: Baseline, value: float, memory: float) -> Baseline:
-    """
-    What `absorb` does to a calm value that is no tie, while the baseline is mature and nothing is held back.
-
-    The same arithmetic without its special cases: nearly every step of a healthy run comes through here.
-    """
-    seen, weight, level, fast, noise, noise_weight, n, low, high, _, tie_rate, zero_rate, _, _ = baseline
-    innovation = value - fast
-    square = innovation * innovation * _FAST_CORRECTION
-    if n:
-        edge = 0.5 / n
-        p = fast if edge <= fast <= 1 - edge else edge
-        square *= n / (p * (1 - p))
-    square = min(square, 16.0 * noise)
-    fast += _FAST_GAIN * innovation
-    noise += (square - noise) / noise_weight
-    if noise < 0.25 and n:
-        noise = 0.25
-    level += (value - level) / weight
-    above = fast - level
-    if above > 0.0 and above * above > 0.5 * (noise * (level * (1 - level) + 0.5 / n) / n if n else noise):
-        level += 0.2 * above
-    keep = 1.0 - 1.0 / memory
-    return _new(
-        Baseline,
-        (
-            seen + 1,
-            weight,
-            level,
-            fast,
-            noise,
-            noise_weight,
-            n,
-            min(low, value),
-            max(high, value),
-            value,
-            tie_rate * keep,
-            zero_rate * keep,
-            0,
-            None,
-        ),
-    )
-
-
-def is_mature(baseline: Baseline, memory: float) -> bool:
-    """Whether `absorb_calm` will do for the next calm value that is neither a tie nor zero."""
-    return (
-        baseline.weight == memory
-        and baseline.noise_weight == _NOISE_MEMORY
-        and not baseline.ties
-        and baseline.pending is None
-    )
-
-
 def log_constant(model: Model, level: float, value: float) -> float:
     """The log-probability that a batch at `level` scores exactly `value`, which is not far above it."""
     if model.shares:
@@ -192,6 +141,64 @@ def log_any_tie(model: Model, baseline: Baseline, value: float) -> float:
 
 def absorb(config: RewardConfig, baseline: Baseline, value: float, suspicious: bool) -> Baseline:
     """The baseline after one more value. Suspicious values wait until they turn out to be healthy."""
+    if value and not suspicious and value != baseline.last and is_mature(baseline, config.memory_steps):
+        return _absorb_mature(baseline, value, config.memory_steps)
+    return absorb_any(config, baseline, value, suspicious)
+
+
+def is_mature(baseline: Baseline, memory: float) -> bool:
+    """Whether level and noise have their full memory, nothing is held back, and no run is going on."""
+    return (
+        baseline.weight == memory
+        and baseline.noise_weight == _NOISE_MEMORY
+        and not baseline.ties
+        and baseline.pending is None
+    )
+
+
+def _absorb_mature(baseline: Baseline, value: float, memory: float) -> Baseline:
+    """What `absorb` does to most values: the same arithmetic without its special cases."""
+    seen, weight, level, fast, noise, noise_weight, n, low, high, _, tie_rate, zero_rate, _, _ = baseline
+    innovation = value - fast
+    square = innovation * innovation * _FAST_CORRECTION
+    if n:
+        edge = 0.5 / n
+        p = fast if edge <= fast <= 1 - edge else edge
+        square *= n / (p * (1 - p))
+    if square > 16.0 * noise:
+        square = 16.0 * noise
+    fast += _FAST_GAIN * innovation
+    noise += (square - noise) / noise_weight
+    if noise < 0.25 and n:
+        noise = 0.25
+    level += (value - level) / weight
+    above = fast - level
+    if above > 0.0 and above * above > 0.5 * (noise * (level * (1 - level) + 0.5 / n) / n if n else noise):
+        level += 0.2 * above
+    keep = 1.0 - 1.0 / memory
+    return _new(
+        Baseline,
+        (
+            seen + 1,
+            weight,
+            level,
+            fast,
+            noise,
+            noise_weight,
+            n,
+            value if value < low else low,
+            value if value > high else high,
+            value,
+            tie_rate * keep,
+            zero_rate * keep,
+            0,
+            None,
+        ),
+    )
+
+
+def absorb_any(config: RewardConfig, baseline: Baseline, value: float, suspicious: bool) -> Baseline:
+    """`absorb` with all its special cases: the start, ties, zeros, and values that wait or have waited."""
     seen, weight, level, fast, noise, noise_weight, n, low, high, last, tie_rate, zero_rate, ties, held = (
         baseline
     )
@@ -210,7 +217,7 @@ def absorb(config: RewardConfig, baseline: Baseline, value: float, suspicious: b
     square = innovation * innovation * _FAST_CORRECTION
     if n:
         edge = 0.5 / n
-        p = max(edge, min(fast, 1 - edge))
+        p = fast if edge <= fast <= 1 - edge else edge
         square *= n / (p * (1 - p))
     if square > 16.0 * noise and noise_weight >= 8.0:
         square = 16.0 * noise  # an outlier counts as four sigmas

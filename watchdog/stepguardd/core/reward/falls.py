@@ -11,6 +11,8 @@ therefore may hold on its own.
 The onset is the maximum-likelihood change point over the values since the suspicion began.
 """
 
+# ruff: noqa: FURB136 - min() and max() cost ten comparisons each, and this runs on every step
+
 from __future__ import annotations
 
 from math import log, log1p, sqrt
@@ -22,6 +24,7 @@ from stepguardd.core.reward.model import Fall, RewardConfig
 __all__ = ["Segment", "after", "nats", "onset_of", "segment", "start_odds", "student_nats"]
 
 _NO_FALL = Fall()
+_new = tuple.__new__
 _TAIL = 64
 _HALF, _QUARTER = 0.5, 0.75
 _GONE, _LEAST = 0.05, 0.3  # near the floor: a twentieth of the level against three tenths
@@ -66,16 +69,18 @@ def after(
             near += student_nats(z + (1 - _LEAST) * height, (_LEAST - _GONE) * height)
         if start is not None:
             back += student_nats(z, (model.level - start) / sigma)
-    top = config.hold_nats * 1.5  # no higher, or the end of a fall would be noticed late
-    half = max(0.0, min(half, top))
-    quarter = max(0.0, min(quarter, top))
-    near = max(0.0, min(near, top))
-    back = max(0.0, min(back, top)) if start is not None else 0.0
+    half = half if half > 0.0 else 0.0
+    quarter = quarter if quarter > 0.0 else 0.0
+    near = near if near > 0.0 else 0.0
+    back = back if back > 0.0 and start is not None else 0.0
     if half == quarter == near == back == 0.0:
         return None
+    top = config.hold_nats * 1.5  # no higher, or the end of a fall would be noticed late
+    if half > top or quarter > top or near > top or back > top:
+        half, quarter, near, back = min(half, top), min(quarter, top), min(near, top), min(back, top)
     if len(tail) >= _TAIL:
         tail = tail[1:]
-    return Fall(half, quarter, back, near, (*tail, (step, value)), active, onset, age + active)
+    return _new(Fall, (half, quarter, back, near, (*tail, (step, value)), active, onset, age + active))
 
 
 def nats(fall: Fall) -> float:

@@ -20,10 +20,8 @@ from stepguardd.core.reward import falls, runs, witnesses
 from stepguardd.core.reward.baseline import (
     Model,
     absorb,
-    absorb_calm,
     adopt,
     is_calm,
-    is_mature,
     learn,
     level_at,
     model_of,
@@ -103,7 +101,8 @@ def observe(config: RewardConfig, state: RewardState, seen: Observation) -> tupl
 
 def _is_at_rest(config: RewardConfig, state: RewardState, seen: Observation, value: float) -> bool:
     """Whether nothing is going on that a calm value could be part of, or end."""
-    _, was, baseline, _, run, fall, _, _, _, _, episode, trip = state
+    _, was, baseline, _, run, fall, tracks, others, _, _, episode, trip = state
+    spread, metrics = seen.spread, seen.metrics
     return (
         fall is None
         and (run is None or (run.length < _SHORT and not run.rollouts))
@@ -112,8 +111,8 @@ def _is_at_rest(config: RewardConfig, state: RewardState, seen: Observation, val
         and was is not None
         and baseline.seen >= config.warmup_steps
         and (value != 0.0 or value != baseline.last)
-        and _no_witness(state)
-        and not _same_spread(state, seen, value)
+        and ((not tracks and others is None) or _no_witness(state))
+        and ((not metrics and spread is None) or not _same_spread(state, seen, value))
         and (config.min_reward is None or value >= config.min_reward)
     )
 
@@ -121,17 +120,12 @@ def _is_at_rest(config: RewardConfig, state: RewardState, seen: Observation, val
 def _calm(config: RewardConfig, state: RewardState, seen: Observation, value: float) -> RewardState:
     """The state after a calm value at rest, which is learned and no more: most steps of a healthy run."""
     _, was, baseline, learned, run, _, tracks, others, _, _, _, _ = state
-    memory = config.memory_steps
     if value == baseline.last:
         assert was is not None
         run = Run(value, 2, was) if run is None else Run(value, run.length + 1, run.first_step)
-        baseline = absorb(config, baseline, value, False)
     else:
         run = None
-        if value and is_mature(baseline, memory):
-            baseline = absorb_calm(baseline, value, memory)
-        else:
-            baseline = absorb(config, baseline, value, False)
+    baseline = absorb(config, baseline, value, False)
     step = seen.step
     if step >= learned.due or not learned.decided:
         baseline, learned = learn(config, baseline, learned, step, value, seen.ok)

@@ -30,6 +30,7 @@ CANONICAL = (
 
 _new = tuple.__new__
 
+_COMPLETE = Witnesses(complete=True)
 _HUGE = 1e12  # no metric; what is larger says nothing
 _SETTLING = 10  # observations before a metric's movement means anything
 _MEMORY = 40
@@ -83,9 +84,15 @@ def follow(tracks: tuple[Track, ...], seen: Observation) -> tuple[Track, ...]:
         track if (value := _value(track.name, seen)) is None else _followed(track, value) for track in tracks
     ]
     if len(tracks) < len(CANONICAL):
-        known = {track.name for track in tracks}
-        new = ((name, _value(name, seen)) for name in CANONICAL if name not in known)
-        after.extend(Track(name, 1, value) for name, value in new if value is not None)
+        known = [track.name for track in tracks]
+        offered = [name for name in seen.metrics if name in _MATTERS and name not in known]
+        if seen.failed is not None and "aborted_ratio" not in known:
+            offered.append("aborted_ratio")
+        if seen.spread is not None and "reward_std" not in known:
+            offered.append("reward_std")
+        for name in dict.fromkeys(offered):
+            if (value := _value(name, seen)) is not None:
+                after.append(Track(name, 1, value))  # noqa: PERF401 - once in a run
     return tuple(after)
 
 
@@ -136,19 +143,20 @@ def testify(before: Witnesses | None, tracks: tuple[Track, ...], seen: Observati
 
     """
     infra, weights = (before.infra * _FADE, before.weights * _FADE) if before is not None else (0.0, 0.0)
-    if Witness.SERVER_UNHEALTHY in seen.witnesses:
-        infra = max(infra, _SERVER_NATS)
-    if Witness.WEIGHTS_SUSPECT in seen.witnesses:
-        weights = max(weights, _WEIGHTS_NATS)
+    if seen.witnesses:
+        if Witness.SERVER_UNHEALTHY in seen.witnesses:
+            infra = max(infra, _SERVER_NATS)
+        if Witness.WEIGHTS_SUSPECT in seen.witnesses:
+            weights = max(weights, _WEIGHTS_NATS)
     failing = failing_share(seen)
     for track in tracks:
-        if track.name == "aborted_ratio" and failing is not None:
+        if track.name == "aborted_ratio" and failing is not None and failing > _USUAL_FAILURES:
             infra = max(infra, _failing_nats(track, failing, seen))
         elif track.name == "logprob_diff" and track.high_for > 0:
             weights = max(weights, min(_CERTAIN, track.z))
     complete = failing is not None and failing <= _USUAL_FAILURES
-    if infra < 0.1 and weights < 0.1 and not complete:
-        return None
+    if infra < 0.1 and weights < 0.1:
+        return _COMPLETE if complete else None
     return Witnesses(infra, weights, complete)
 
 
