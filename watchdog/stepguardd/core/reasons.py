@@ -42,8 +42,6 @@ class Reason(StrEnum):
     """The user's plain rule: so many steps of exactly zero in a row."""
     MIN_REWARD = "min_reward"
     """The user's plain rule: the reward is below `min_reward`."""
-    SECOND_WITNESS = "second_witness"
-    """A server, the guard's counts or the log-probabilities confirm a fall that the reward leaves open."""
 
     # --- The other metrics of a step
     LOSS_NOT_FINITE = "loss_not_finite"
