@@ -124,7 +124,7 @@ class RewardStream:
         if self._step is None or name is None or name not in self._values:
             return
         metrics = {
-            str(known): value
+            known.value: value
             for metric, value in self._values.items()
             if value is not None and (known := canonical(metric)) is not None
         }

@@ -29,6 +29,7 @@ from ..core.events import (
 )
 from ..oneline import utf8
 from .process import ExitWatch
+from .reward.aliases import canonical
 
 REPORTS_PER_WAKE_MAX: Final = 64
 
@@ -89,7 +90,12 @@ def event_of(report: Report) -> Event | None:
         case "batch":
             return _batch(report)
         case "step":
-            metrics = {utf8(name): number(value) for name, value in report["metrics"].items()}
+            # Under the names that the judgement knows; what it does not know it could not use.
+            metrics = {
+                known.value: number(value)
+                for name, value in report["metrics"].items()
+                if (known := canonical(name)) is not None
+            }
             return StepCommitted(
                 attempt=report["attempt"],
                 step=report["step"],
