@@ -12,6 +12,7 @@ from stepguardd.config import ConfigError, load_config
 from stepguardd.config.loading import parse_assignments
 from stepguardd.control.server import ControlSocketError
 from stepguardd.daemon import Daemon, DaemonError
+from stepguardd.urgency import urgent
 
 
 def run(
@@ -48,6 +49,7 @@ def run(
         if as_json:
             print_json({"ready": True, "run": settings.run.name, "run_dir": str(where)})
 
+    urgent()
     try:
         asyncio.run(daemon.run(ready=ready))
     except (DaemonError, ControlSocketError) as error:
