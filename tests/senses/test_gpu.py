@@ -207,11 +207,16 @@ def test_a_driver_that_fails_as_a_whole_is_unknown_with_one_line_and_is_tried_ag
     assert reading["gpus"] is None
     assert reading["cause"] == "GPUs are not watched: Driver Not Loaded"
     fake.says(count=1)
-    assert fake.ask("settle", 2.0)["cause"] is None
+    assert _in_time(fake, 2, lambda reading: reading["cause"] is None)
     fake.says(count=1, nvmlDeviceGetMemoryInfo_error=999)
-    assert fake.ask("settle", 3.0)["cause"] == "NVML: Unknown Error"
+    assert _in_time(fake, 100, lambda reading: reading["cause"] == "NVML: Unknown Error")
     fake.says(count=3)
-    assert len(fake.ask("settle", 4.0)["gpus"]) == 3  # type: ignore[arg-type]
+    assert _in_time(fake, 200, lambda reading: len(reading["gpus"] or ()) == 3)
+
+
+def _in_time(fake: Looks, first: int, seen: Callable[[Any], bool]) -> bool:
+    """Whether one of the next looks sees it: a look that began before the driver changed may come in first."""
+    return any(seen(fake.ask("settle", float(now))) for now in range(first, first + 90))
 
 
 def test_a_call_that_blocks_is_cut_off_and_comes_back(fake: Looks):
