@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -215,7 +216,7 @@ def test_a_driver_that_fails_as_a_whole_is_unknown_with_one_line_and_is_tried_ag
 
 
 def _in_time(fake: Looks, first: int, seen: Callable[[Any], bool]) -> bool:
-    """Whether one of the next looks sees it: a look that began before the driver changed may come in first."""
+    """Whether one of the next looks sees it: one that began before the driver changed may come first."""
     return any(seen(fake.ask("settle", float(now))) for now in range(first, first + 90))
 
 
