@@ -201,7 +201,7 @@ class SmallRun:
         """The intents under which server processes were really started."""
         return self.starts_file.read_text().split() if self.starts_file.exists() else []
 
-    def until(self, holds: Callable[[], object], what: str, timeout_s: float = 30.0) -> None:
+    def until(self, holds: Callable[[], object], what: str, timeout_s: float = 120.0) -> None:
         deadline = time.monotonic() + timeout_s
         while not holds():
             assert time.monotonic() < deadline, f"not in time: {what}\n{self.story()}"
