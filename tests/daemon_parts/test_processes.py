@@ -65,6 +65,26 @@ def test_orphans_are_found_by_their_session_after_their_parent_died(start: Start
     assert child.pid not in {known.pid for known in tree}
 
 
+def test_a_known_tree_is_looked_at_again_with_its_new_children_and_its_orphans(start: Start) -> None:
+    """Without a look at the whole machine; only a dead root asks for one."""
+    child = start("(sleep 1000 & sleep 1000) & wait; while :; do read -t 1 -n 1; sleep 1000; done")
+    until(lambda: len(proc.tree(child.pid)) >= 3, "the tree")
+    known = proc.tree(child.pid)
+    middle = next(one for one in known[1:] if any(proc.stat(o.pid).ppid == one.pid for o in known))  # type: ignore[union-attr]
+    os.kill(middle.pid, signal.SIGKILL)
+    until(lambda: not proc.alive(middle), "the one in the middle is dead")
+    until(lambda: len(proc.family(known) or ()) >= 3, "the orphan and a new child")
+    found = proc.family(known)
+    assert found is not None
+    assert found[0] == known[0]
+    assert set(known) - {middle} <= set(found)
+    assert set(found) == set(proc.tree(child.pid))
+    os.kill(child.pid, signal.SIGKILL)
+    until(lambda: not proc.alive(known[0]), "the root is dead")
+    assert proc.family(known) is None
+    assert proc.family(()) is None
+
+
 def test_a_process_that_nobody_reaped_is_dead() -> None:
     child = subprocess.Popen(["sleep", "1000"])
     known = of(child.pid)
@@ -311,3 +331,20 @@ def test_waiting_for_the_end_of_processes_ends_itself(start: Start) -> None:
 
 def test_the_module_reads_no_other_clock_than_the_loops() -> None:
     assert "time" not in vars(sys.modules["stepguardd.effects.processes"])
+
+
+def test_the_loop_is_urgent_where_that_is_allowed_and_what_it_starts_is_not() -> None:
+    """In a process of its own; without the leave it stays ordinary, and says so."""
+    code = (
+        "import os, subprocess, threading; from stepguardd.urgency import urgent; allowed = urgent(); "
+        "ours = os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK; seen = []; "
+        "thread = threading.Thread(target=lambda: seen.append(os.sched_getscheduler(0))); "
+        "thread.start(); thread.join(); child = subprocess.Popen(['sleep', '1000']); "
+        "seen.append(os.sched_getscheduler(child.pid)); child.kill(); child.wait(); "
+        "print(allowed == (ours == os.SCHED_RR), seen == [os.SCHED_OTHER] * 2)"
+    )
+    environment = {"PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True, env=environment
+    )
+    assert done.stdout.split() == ["True", "True"]

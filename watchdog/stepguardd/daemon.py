@@ -87,12 +87,13 @@ class WatchedServer:
 
     async def look(self) -> None:
         """
-        Find the tree afresh, in a thread: a large machine has thousands of processes, and systemd may stall.
+        Find the tree afresh.
 
+        In a thread where that is slow: a large machine has thousands of processes, and systemd may stall.
         What a stop or a start has overtaken is not told.
         """
-        before = self._changes
-        procs = await asyncio.to_thread(self.backend.find)
+        before, find = self._changes, self.backend.find
+        procs = find() if self.backend.quick else await asyncio.to_thread(find)
         if before == self._changes and not self.changing.locked():
             self.processes.adopt(procs, tell=True)
 

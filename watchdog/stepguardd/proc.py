@@ -116,6 +116,48 @@ def trees(root_pids: set[int]) -> tuple[Proc, ...]:
     return _members(root_pids, list(every()))
 
 
+def family(known: tuple[Proc, ...]) -> tuple[Proc, ...] | None:
+    """
+    A tree that was found before, looked at again without a look at the whole machine.
+
+    The descendants of its root, and whoever of it still lives, adopted by init or not.
+
+    Args:
+        known: what was found, the root first.
+
+    Returns:
+        None where that cannot be told so: the root is dead, or this kernel names no children.
+
+    """
+    if not known or not alive(known[0]):
+        return None
+    stats = {found.pid: found for one in known if alive(one) and (found := stat(one.pid)) is not None}
+    todo = list(stats)
+    while todo:
+        children = _children(todo.pop())
+        if children is None:
+            return None
+        for pid in children:
+            if pid not in stats and (found := stat(pid)) is not None:
+                stats[pid] = found
+                todo.append(pid)
+    return _members(set(stats), list(stats.values()))
+
+
+def _children(pid: int) -> list[int] | None:
+    """The children of all threads of a process (proc(5), needs CONFIG_PROC_CHILDREN); [] once it is gone."""
+    found: list[int] = []
+    task = _PROC / str(pid) / "task"
+    try:
+        for thread in os.listdir(task):  # noqa: PTH208 - names alone
+            found += map(int, (task / thread / "children").read_bytes().split())
+    except FileNotFoundError:
+        return None if task.is_dir() and not (task / str(pid) / "children").exists() else found
+    except OSError:
+        return found
+    return found
+
+
 def marked(variable: str, value: str) -> tuple[Proc, ...]:
     """The live processes that were started with this environment variable, and all that belong to them."""
     wanted = f"{variable}={value}".encode()

@@ -50,6 +50,8 @@ def run(
             print_json({"ready": True, "run": settings.run.name, "run_dir": str(where)})
 
     urgent()
+    if not urgent():
+        logging.getLogger("stepguardd").debug("no leave for a real-time priority: a busy core delays a hold")
     try:
         asyncio.run(daemon.run(ready=ready))
     except (DaemonError, ControlSocketError) as error:

@@ -39,6 +39,10 @@ class Backend(Protocol):
 
     managed: bool
 
+    @property
+    def quick(self) -> bool:
+        """Whether `find` takes a millisecond now; else it looks at the whole machine, or asks systemd."""
+
     def find(self) -> tuple[Proc, ...]:
         """The server's live processes, the root first; empty when there is none."""
 
@@ -76,11 +80,16 @@ class ProcessBackend:
         self._children: list[subprocess.Popen[bytes]] = []
         self._known: tuple[Proc, ...] = ()
 
+    @property
+    def quick(self) -> bool:
+        """While its root lives."""
+        return _rooted(self._known)
+
     def find(self) -> tuple[Proc, ...]:
         """By the sessions of what was known, and at a daemon's start by the mark in the environment."""
         self._reap()
-        found: tuple[Proc, ...] = ()
-        if self._known:
+        found = proc.family(self._known) or ()
+        if self._known and not found:
             found = proc.tree(self._known[0].pid) if proc.unmistaken(self._known[0]) else ()
         if not found:
             found = proc.marked(SERVER_MARK, self._mark)
@@ -194,9 +203,19 @@ class SystemdBackend:
         assert settings.unit is not None
         self._unit = settings.unit
         self._systemctl = tuple(systemctl) or _systemctl()
+        self._known: tuple[Proc, ...] = ()
+
+    @property
+    def quick(self) -> bool:
+        """While its main process lives."""
+        return _rooted(self._known)
 
     def find(self) -> tuple[Proc, ...]:
-        """The processes of the unit's main process."""
+        """The processes of the unit's main process; systemd is asked for it only once it is gone."""
+        self._known = proc.family(self._known) or self._shown()
+        return self._known
+
+    def _shown(self) -> tuple[Proc, ...]:
         command = [*self._systemctl, "show", "--property=MainPID", "--value", self._unit]
         try:
             shown = subprocess.run(
@@ -264,16 +283,21 @@ class ObservedBackend:
 
     def __init__(self, settings: ServerSettings) -> None:
         self._port = port_of(settings.url)
-        self._root: Proc | None = None
+        self._known: tuple[Proc, ...] = ()
+
+    @property
+    def quick(self) -> bool:
+        """While it lives."""
+        return _rooted(self._known)
 
     def find(self) -> tuple[Proc, ...]:
         """The tree of whoever listens on the port; on another machine there is none to see."""
-        if self._root is not None and proc.alive(self._root):
-            return proc.tree(self._root.pid)
+        self._known = proc.family(self._known) or self._listening()
+        return self._known
+
+    def _listening(self) -> tuple[Proc, ...]:
         owner = None if self._port is None else proc.port_owner(self._port)
-        found = () if owner is None else proc.tree(owner)
-        self._root = next((known for known in found if known.pid == owner), None)
-        return found
+        return () if owner is None else proc.tree(owner)
 
     async def start(self, intent: str) -> Outcome:
         """Not ours to start."""
@@ -284,6 +308,10 @@ class ObservedBackend:
         """Not ours to end."""
         del procs
         return failed("this server is only observed")
+
+
+def _rooted(known: tuple[Proc, ...]) -> bool:
+    return bool(known) and proc.alive(known[0])
 
 
 def _once(procs: tuple[Proc, ...]) -> tuple[Proc, ...]:
