@@ -49,7 +49,6 @@ def run(
         if as_json:
             print_json({"ready": True, "run": settings.run.name, "run_dir": str(where)})
 
-    urgent()
     if not urgent():
         logging.getLogger("stepguardd").debug("no leave for a real-time priority: a busy core delays a hold")
     try:
