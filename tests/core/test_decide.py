@@ -1024,6 +1024,19 @@ def test_an_unexplained_hold_with_nothing_known_waits_for_every_servers_first_to
     assert world.gate.judged_batch == 4
 
 
+def test_a_server_that_runs_under_an_unexplained_hold_generates_before_the_hold_ends() -> None:
+    """The journal is gone, the page says HOLD, the server answers: that proves no weights and no life."""
+    world = World(FakeServer(name="s", managed=False, can_generate=False), running=False)
+    world.fake.spawn(world.now - 60)
+    world.fake.version = world.trainer.version
+    world.feed(DaemonStarted(gate_order="HOLD", gate_generation=9))
+    world.feed(TreeSeen(server="s", procs=world.fake.procs))
+    world.run(20)
+    assert (world.order, world.gate.reason) == ("HOLD", "reconciling")
+    world.fake.can_generate = True
+    assert recovered(world)
+
+
 def test_generations_and_judged_batches_never_go_back_over_restarts() -> None:
     world = World()
     world.steps(3)
@@ -1086,6 +1099,23 @@ def test_an_outcome_that_nobody_waits_for_changes_nothing() -> None:
     before = world.state
     world._end("99-start", True, procs=(Proc(pid=1, start_ticks=1, role="server"),))
     assert world.state == before
+
+
+def test_the_outcome_of_an_effect_that_was_overtaken_is_not_taken_for_a_newer_ones() -> None:
+    """A canary under way when the server died ends during the stop, and says nothing about it."""
+    world = World()
+    world.fake.stop_s = 10.0
+    world.ask("restart-server", server="s")
+    world.run(30, until=lambda: bool(world.all(RunCanary)))
+    canary = world.all(RunCanary)[-1]
+    world._due.clear()
+    world.kill()
+    before = world.server()
+    assert before.repair is not None
+    assert before.repair.stage is Stage.STOP
+    for ok in (True, False):
+        world._end(canary.intent, ok)
+        assert world.server() == before
 
 
 def test_an_acknowledgement_of_an_older_generation_changes_nothing() -> None:

@@ -35,6 +35,7 @@ from stepguardd.journal import (
     SNAPSHOT_EVERY,
     Journal,
     JournalError,
+    _Row,
     decode_event,
     encode,
     encode_command,
@@ -315,6 +316,31 @@ def test_a_full_disk_is_said_costs_rows_and_nothing_else(tmp_path: Path) -> None
     assert found["failure"]
     assert "make room" in str(found["line"])
     assert (found["healed"], found["same"], found["problem"]) == (True, True, "")
+
+
+def test_after_lost_rows_the_first_that_is_kept_carries_the_whole_state(tmp_path: Path) -> None:
+    """Rows behind a gap would be decided again on a state that never was."""
+    path = tmp_path / "journal.db"
+
+    def row(number: int, state: State | None) -> _Row:
+        told = Tick()
+        return _Row(at=float(number), wall=0.0, event=told, commands=(), state=state, durable=None)
+
+    with closing(Journal(path, boot_id=BOOT)) as journal:
+        journal.restore()
+        journal._write([row(1, first())])
+        journal._db.execute("PRAGMA query_only = 1")
+        journal._write([row(2, None)])
+        assert journal.failure is not None
+        journal._db.execute("PRAGMA query_only = 0")
+        journal._write([row(3, None)])
+        journal._write([row(4, None), row(5, replace(first(), intents=5)), row(6, None)])
+        assert (journal.failure, journal.lost_rows, journal.newest) == (None, 3, 3)
+    with closing(Journal(path, boot_id=BOOT)) as journal:
+        assert [recorded.at for recorded in journal.read()] == [1.0, 5.0, 6.0]
+    state, _, _ = restored(path)
+    assert state is not None
+    assert state.intents == 5
 
 
 def test_a_queue_that_is_full_costs_rows_and_no_time(tmp_path: Path) -> None:

@@ -12,11 +12,7 @@ from .events import (
     OrderAcknowledged,
 )
 from .reasons import Reason
-from .state import (
-    GateOrder,
-    Incident,
-    State,
-)
+from .state import GateOrder, Incident, Server, ServerState, State
 from .turn import Turn
 
 
@@ -78,12 +74,17 @@ def wanted_order(state: State) -> tuple[GateOrder, Reason | None, int]:
 def settle(turn: Turn) -> None:
     """Bring the breaker, the incident and the gate in line with what is now known."""
     state = turn.state
-    if state.reconciling and all(server.seen for server in state.servers):
+    if state.reconciling and all(_looked_at(server) for server in state.servers):
         turn.state = replace(state, reconciling=False)
     _settle_lockout(turn)
     _settle_outage(turn)
     _settle_breaker(turn)
     _settle_gate(turn)
+
+
+def _looked_at(server: Server) -> bool:
+    """Whether a server gave its first word; from then on its own state says whether it may be used."""
+    return server.seen and (server.state is not ServerState.STARTING or server.repair is not None)
 
 
 def _settle_lockout(turn: Turn) -> None:
