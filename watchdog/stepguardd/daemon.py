@@ -7,6 +7,7 @@ anything else happens, the journal included: a hold must not wait for a disk.
 
 import asyncio
 import fcntl
+import functools
 import logging
 import os
 import signal
@@ -16,94 +17,43 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Final
 
-from stepguard.gate import PATH_BYTES_MAX, GateError
+from stepguard.gate import GateError
 from stepguard.settings import FILE_NAME as GUARD_SETTINGS_FILE
 from stepguard.settings import GuardSettings
 
-from . import clock, proc, status
+from . import clock, status
+from .acting import Acting
 from .config import Config
-from .control.contract import SOCKET_NAME, Refused, Verb
+from .control.contract import SOCKET_NAME, Verb
+from .control.requests import refuse_nonsense
 from .control.server import allowed_uids, serve_control
 from .core.commands import (
     Command,
-    ContinueServer,
     Effect,
     Notify,
-    PrepareRollback,
     PublishGate,
-    PushWeights,
-    RunCanary,
-    StartServer,
-    StopServer,
 )
 from .core.decide import decide
-from .core.events import DaemonStarted, EffectEnded, Event, OperatorAsked, Proc, Tick
-from .core.state import GateOrder, Mode, Server, ServerState, Stage, State, initial
+from .core.events import DaemonStarted, EffectEnded, Event, OperatorAsked, Tick
+from .core.state import GateOrder, Mode, Server, State, initial
 from .effects import server as servers
-from .effects.canary import canary
 from .effects.gate import GateWriter
-from .effects.outcome import Outcome, failed
-from .effects.rollback import prepare
-from .effects.weights import push
+from .failpoint import failpoint
 from .journal import Journal, JournalError, Restored
 from .notify import Notifier
 from .settings import core_settings
-from .sources import sglang
-from .sources.process import ServerProcesses
 from .sources.stream import RewardStream
 from .sources.trainer import ReportSocket, TrainerPage
+from .watching import WatchedServer, identity
 
 log = logging.getLogger("stepguardd")
 
 TICK_S: Final = 0.25
 LEASE_RENEWAL_S: Final = 1.0
-TREE_INTERVAL_S: Final = 5.0
-REPAIR_INTERVAL_S: Final = 0.2
-INTENT_TIMEOUT_S: Final = 10.0
-CRASH_AT: Final = "STEPGUARD_CRASH_AT"
 
 
 class DaemonError(Exception):
     """The daemon cannot start; the message is one line that names the file or key and the remedy."""
-
-
-class WatchedServer:
-    """One server's parts: who owns it, its HTTP client, its processes."""
-
-    def __init__(self, config: Config, index: int, emit: Callable[[Event], None]) -> None:
-        self.settings = config.servers[index]
-        default_log = config.run.state_dir / "servers" / f"{self.settings.name}.log"
-        self.log = self.settings.log or default_log
-        self.backend = servers.backend(identity(config), self.settings, self.log)
-        self.http = sglang.client(self.settings.url, config.probe.timeout_s)
-        self.processes = ServerProcesses(self.settings.name, self.backend.find, emit)
-        self.changing = asyncio.Lock()
-        self._changes = 0
-
-    def adopt(self, procs: tuple[Proc, ...]) -> None:
-        """These are the server's processes from now on, whatever a look that is under way will find."""
-        self._changes += 1
-        self.processes.adopt(procs)
-
-    async def look(self) -> None:
-        """
-        Find the tree afresh.
-
-        In a thread where that is slow: a large machine has thousands of processes, and systemd may stall.
-        What a stop or a start has overtaken is not told.
-        """
-        before, find = self._changes, self.backend.find
-        procs = find() if self.backend.quick else await asyncio.to_thread(find)
-        if before == self._changes and not self.changing.locked():
-            self.processes.adopt(procs, tell=True)
-
-    def answers_itself(self) -> bool | None:
-        """Whether the server's own tree holds its port; None where that cannot be seen."""
-        port = servers.port_of(self.settings.url)
-        procs = self.backend.find()
-        if port is None or not procs:
-            return None
-        return proc.listening(port, (known.pid for known in procs)) is not None
 
 
 class Daemon:
@@ -124,12 +74,10 @@ class Daemon:
         self._locks: list[IO[str]] = []
         self._events: deque[Event] = deque()
         self._deciding = False
-        self._tasks: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
         self._mode_changed = False
         self._taken_up = False
         self._stop = asyncio.Event()
-        self._crash_at = os.environ.get(CRASH_AT)
         self._manager = Notifier.from_env()
         self.gate: GateWriter
         self.journal: Journal
@@ -138,6 +86,7 @@ class Daemon:
         self._page: TrainerPage
         self._stream: RewardStream | None = None
         self._servers: dict[str, WatchedServer] = {}
+        self._acting = Acting(config, self._servers, self.feed, lambda: self.state)
 
     # ---- life ---------------------------------------------------------------------------------------
 
@@ -208,7 +157,9 @@ class Daemon:
         self._page = TrainerPage(self.gate.page, self.feed)
         self._stream = RewardStream.of(self.config, self.state.stream_position, self.feed)
         for index, settings in enumerate(self.config.servers):
-            self._servers[settings.name] = WatchedServer(self.config, index, self.feed)
+            self._servers[settings.name] = WatchedServer(
+                self.config, index, self.feed, functools.partial(self._known, settings.name)
+            )
         return restored.unfinished
 
     def _guard_settings(self) -> GuardSettings:
@@ -286,15 +237,13 @@ class Daemon:
             server.processes.look()
         for effect in unfinished:
             if effect.intent in wanted:
-                self._begin(effect, None)
+                self._acting.begin(effect, None)
             else:
                 self.feed(EffectEnded(intent=effect.intent, ok=False, detail="overtaken by events"))
 
     async def _close(self) -> None:
         """Stop the effects, tell the trainer that nobody is there, and leave the servers as configured."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._acting.close()
         stop_servers = self._taken_up and self.config.run.servers_on_stop == "stop"
         for server in self._servers.values():
             server.processes.close()
@@ -338,7 +287,7 @@ class Daemon:
         for command in commands:
             if isinstance(command, PublishGate):
                 self.gate.publish(command.gate)
-                self._crash(f"gate_{command.gate.order.value}")
+                failpoint(f"gate_{command.gate.order.value}")
         if self.state is before and not commands and not isinstance(event, EffectEnded):
             return  # nothing came of it; but that an effect has ended is always worth a row
         durable = self.journal.record(
@@ -354,92 +303,8 @@ class Daemon:
             case Notify():
                 log.info("%s: %s", command.what, command.text, extra={"reason": command.reason})
             case _:
-                self._crash(f"decided_{type(command).__name__}")
-                self._begin(command, durable)
-
-    def _begin(self, effect: Effect, durable: "asyncio.Future[None] | None") -> None:
-        task = asyncio.create_task(self._effect(effect, durable), name=effect.intent)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _effect(self, effect: Effect, durable: "asyncio.Future[None] | None") -> None:
-        """Durable intent → act → durable outcome."""
-        kind = type(effect).__name__
-        if durable is not None:
-            try:
-                async with asyncio.timeout(INTENT_TIMEOUT_S):
-                    await asyncio.shield(durable)
-            except (TimeoutError, JournalError) as error:
-                # A full disk must not cost the night: the act is an ensure, findable on the machine itself.
-                log.error("%s goes on without its intent on disk: %s", effect.intent, error)
-        self._crash(f"before_{kind}")
-        try:
-            outcome = await self._act(effect)
-        except Exception as error:  # a task's border: a bug in one effect must end as its failure
-            log.exception("%s failed", effect.intent)
-            outcome = failed(f"{type(error).__name__}: {error}")
-        self._crash(f"after_{kind}")
-        self.feed(
-            EffectEnded(
-                intent=effect.intent,
-                ok=outcome.ok,
-                detail=outcome.detail,
-                procs=outcome.procs,
-                target_step=outcome.target_step,
-                target_path=outcome.target_path,
-            )
-        )
-
-    async def _act(self, effect: Effect) -> Outcome:
-        recovery = self.config.recovery
-        if isinstance(effect, PrepareRollback):
-            return _fits(
-                await prepare(
-                    self.config.checkpoints,
-                    effect.before_step,
-                    name=f"before-{effect.before_step}-{effect.intent}",
-                    reported=self.state.checkpoints,
-                )
-            )
-        server = self._servers.get(effect.server)
-        if server is None:
-            return failed(f"the config has no server {effect.server} any more")
-        match effect:
-            case ContinueServer():
-                return await servers.resume(effect.procs)
-            case StopServer():
-                async with server.changing:
-                    outcome = await server.backend.stop(effect.procs)
-                    server.adopt(())
-                return outcome
-            case StartServer():
-                async with server.changing:
-                    outcome = await server.backend.start(effect.intent)
-                    server.adopt(outcome.procs)
-                return outcome
-            case RunCanary():
-                outcome = await canary(
-                    server.http,
-                    requests=recovery.canary_requests,
-                    timeout_s=recovery.canary_timeout_s,
-                    ours=server.answers_itself,
-                )
-                # What generates is all there now: no process of it may end unwatched from here on.
-                await server.look()
-                return outcome
-            case PushWeights():
-                assert self.config.weights.path is not None
-                return await push(
-                    server.http,
-                    pattern=self.config.weights.path,
-                    version=effect.version,
-                    timeout_s=recovery.resync_timeout_s,
-                )
-
-    def _crash(self, point: str) -> None:
-        """A named point at which the crash tests kill the daemon, as nothing else could be so exact."""
-        if self._crash_at == point:
-            os.kill(os.getpid(), signal.SIGKILL)
+                failpoint(f"decided_{type(command).__name__}")
+                self._acting.begin(command, durable)
 
     # ---- sources -------------------------------------------------------------------------------------
 
@@ -451,8 +316,8 @@ class Daemon:
             _every(LEASE_RENEWAL_S, self._page.look),
         ]
         for server in self._servers.values():
-            work.append(self._probe(server))
-            work.append(self._look(server))
+            work.append(server.probe())
+            work.append(server.keep_looking())
             work.append(_every(self.config.probe.stopped_after_s, server.processes.sample))
         if self._stream is not None:
             work.append(_every(self._stream.interval_s, self._stream.poll))
@@ -469,26 +334,8 @@ class Daemon:
         self._page.look()
         self.feed(event)
 
-    async def _probe(self, server: WatchedServer) -> None:
-        name, probe = server.settings.name, self.config.probe
-        while True:
-            event = await sglang.probe(server.http, name, timeout_s=probe.timeout_s)
-            self.feed(event)
-            await asyncio.sleep(REPAIR_INTERVAL_S if self._repairing(name) else probe.interval_s)
-
-    async def _look(self, server: WatchedServer) -> None:
-        while True:
-            await asyncio.sleep(1.0 if self._repairing(server.settings.name) else TREE_INTERVAL_S)
-            if self._stage(server.settings.name) not in {Stage.STOP, Stage.START, Stage.BACKOFF}:
-                await server.look()
-
-    def _stage(self, name: str) -> Stage | None:
-        server = next((one for one in self.state.servers if one.name == name), None)
-        return None if server is None or server.repair is None else server.repair.stage
-
-    def _repairing(self, name: str) -> bool:
-        server = next((one for one in self.state.servers if one.name == name), None)
-        return server is not None and (server.repair is not None or server.state is ServerState.DEAD)
+    def _known(self, name: str) -> Server | None:
+        return next((one for one in self.state.servers if one.name == name), None)
 
     # ---- people --------------------------------------------------------------------------------------
 
@@ -526,29 +373,9 @@ class Daemon:
             before_step=_whole(args.get("before_step")),
             mode=_text(args.get("mode")),
         )
-        self._refuse_nonsense(request)
+        refuse_nonsense(self.state, request)
         self.feed(request)
         return {"verb": verb, "gate": status.gate(self.state)}
-
-    def _refuse_nonsense(self, request: OperatorAsked) -> None:
-        state = self.state
-        names = [server.name for server in state.servers if server.managed]
-        if request.verb == "restart-server":
-            if not names:
-                raise Refused("no server of this run is Stepguard's to restart")
-            if request.server is not None and request.server not in names:
-                raise Refused(f"no server {request.server!r} to restart; there is {', '.join(names)}")
-        elif request.verb == "rollback":
-            if state.trainer.pid is None:
-                raise Refused("no trainer reports to this run; start it with STEPGUARD_RUN_DIR set")
-            if not state.trainer.handles_rollback:
-                raise Refused("the trainer registered no on_rollback: relaunch it from a checkpoint instead")
-            if state.rollback is not None:
-                raise Refused("a rollback is under way already")
-        elif request.verb == "ack":
-            raise Refused("there is nobody to tell yet: alerts are not part of this version")
-        elif request.verb == "mode" and request.mode not in {mode.value for mode in Mode}:
-            raise Refused(f"no mode {request.mode!r}; there is shadow, hold and act")
 
 
 async def _every(interval_s: float, work: Callable[[], None]) -> None:
@@ -561,25 +388,9 @@ async def _every(interval_s: float, work: Callable[[], None]) -> None:
         await asyncio.sleep(due - loop.time())
 
 
-def _fits(outcome: Outcome) -> Outcome:
-    """A rollback's target has to fit on the gate page."""
-    length = len(os.fsencode(outcome.target_path or ""))
-    if length <= PATH_BYTES_MAX:
-        return outcome
-    return failed(
-        f"the checkpoint's path has {length} bytes, and the gate page holds {PATH_BYTES_MAX}: "
-        f"use a shorter checkpoints.dir, or a symbolic link; {outcome.detail}"
-    )
-
-
 def _text(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
 def _whole(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def identity(config: Config) -> str:
-    """What names a run on this machine: two runs of one name must not take up each other's servers."""
-    return f"{config.run.name}@{config.run.state_dir}"

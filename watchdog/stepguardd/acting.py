@@ -1,0 +1,170 @@
+"""
+Effects are carried out here: durable intent → act → durable outcome.
+
+Each act is an *ensure*, so one that a crash of the daemon has cut short may be begun again under the same
+intent.
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from stepguard.gate import PATH_BYTES_MAX
+
+from .config import Config
+from .core.commands import (
+    ContinueServer,
+    Effect,
+    PrepareRollback,
+    PushWeights,
+    RunCanary,
+    StartServer,
+    StopServer,
+)
+from .core.events import EffectEnded, Event
+from .core.state import State
+from .effects import server as servers
+from .effects.canary import canary
+from .effects.outcome import Outcome, failed
+from .effects.rollback import prepare
+from .effects.weights import push
+from .failpoint import failpoint
+from .journal import JournalError
+from .watching import WatchedServer
+
+log = logging.getLogger("stepguardd")
+
+INTENT_TIMEOUT_S: Final = 10.0
+
+Durable = asyncio.Future[None] | None
+
+
+class Acting:
+    """
+    The effects under way.
+
+    Args:
+        config: the whole configuration.
+        watched: the servers' parts, by name.
+        feed: takes the event with which an effect ends.
+        state: the state as it is now.
+
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        watched: Mapping[str, WatchedServer],
+        feed: Callable[[Event], None],
+        state: Callable[[], State],
+    ) -> None:
+        self._config = config
+        self._watched = watched
+        self._feed = feed
+        self._state = state
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def begin(self, effect: Effect, durable: Durable) -> None:
+        """Carry it out in a task of its own, once `durable` says that its intent is on disk."""
+        task = asyncio.create_task(self._carry_out(effect, durable), name=effect.intent)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """Cut short what is under way: the next daemon finds it by its intent."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _carry_out(self, effect: Effect, durable: Durable) -> None:
+        kind = type(effect).__name__
+        if durable is not None:
+            try:
+                async with asyncio.timeout(INTENT_TIMEOUT_S):
+                    await asyncio.shield(durable)
+            except (TimeoutError, JournalError) as error:
+                # A full disk must not cost the night: the act is an ensure, findable on the machine itself.
+                log.error("%s goes on without its intent on disk: %s", effect.intent, error)
+        failpoint(f"before_{kind}")
+        try:
+            outcome = await self._act(effect)
+        except Exception as error:  # a task's border: a bug in one effect must end as its failure
+            log.exception("%s failed", effect.intent)
+            outcome = failed(f"{type(error).__name__}: {error}")
+        failpoint(f"after_{kind}")
+        self._feed(
+            EffectEnded(
+                intent=effect.intent,
+                ok=outcome.ok,
+                detail=outcome.detail,
+                procs=outcome.procs,
+                target_step=outcome.target_step,
+                target_path=outcome.target_path,
+            )
+        )
+
+    async def _act(self, effect: Effect) -> Outcome:
+        if isinstance(effect, PrepareRollback):
+            return _fits(
+                await prepare(
+                    self._config.checkpoints,
+                    effect.before_step,
+                    name=f"before-{effect.before_step}-{effect.intent}",
+                    reported=self._state().checkpoints,
+                )
+            )
+        server = self._watched.get(effect.server)
+        if server is None:
+            return failed(f"the config has no server {effect.server} any more")
+        return await self._on_server(server, effect)
+
+    async def _on_server(
+        self,
+        server: WatchedServer,
+        effect: ContinueServer | StopServer | StartServer | RunCanary | PushWeights,
+    ) -> Outcome:
+        recovery = self._config.recovery
+        match effect:
+            case ContinueServer():
+                return await servers.resume(effect.procs)
+            case StopServer():
+                async with server.changing:
+                    outcome = await server.backend.stop(effect.procs)
+                    server.adopt(())
+                return outcome
+            case StartServer():
+                async with server.changing:
+                    outcome = await server.backend.start(effect.intent)
+                    server.adopt(outcome.procs)
+                return outcome
+            case RunCanary():
+                outcome = await canary(
+                    server.http,
+                    requests=recovery.canary_requests,
+                    timeout_s=recovery.canary_timeout_s,
+                    ours=server.answers_itself,
+                )
+                # What generates is all there now: no process of it may end unwatched from here on.
+                await server.look()
+                return outcome
+            case PushWeights():
+                assert self._config.weights.path is not None
+                return await push(
+                    server.http,
+                    pattern=self._config.weights.path,
+                    version=effect.version,
+                    timeout_s=recovery.resync_timeout_s,
+                )
+
+
+def _fits(outcome: Outcome) -> Outcome:
+    """A rollback's target has to fit on the gate page."""
+    length = len(os.fsencode(outcome.target_path or ""))
+    if length <= PATH_BYTES_MAX:
+        return outcome
+    return failed(
+        f"the checkpoint's path has {length} bytes, and the gate page holds {PATH_BYTES_MAX}: "
+        f"use a shorter checkpoints.dir, or a symbolic link; {outcome.detail}"
+    )

@@ -1,0 +1,87 @@
+"""One inference server's parts on this side: who owns it, its HTTP client, its processes."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Final
+
+from . import proc
+from .config import Config
+from .core.events import Event, Proc
+from .core.state import Server, ServerState, Stage
+from .effects import server as servers
+from .sources import sglang
+from .sources.process import ServerProcesses
+
+TREE_INTERVAL_S: Final = 5.0
+REPAIR_INTERVAL_S: Final = 0.2
+
+
+class WatchedServer:
+    """One server's parts: who owns it, its HTTP client, its processes."""
+
+    def __init__(
+        self, config: Config, index: int, emit: Callable[[Event], None], now: Callable[[], Server | None]
+    ) -> None:
+        self.settings = config.servers[index]
+        default_log = config.run.state_dir / "servers" / f"{self.settings.name}.log"
+        self.log = self.settings.log or default_log
+        self.backend = servers.backend(identity(config), self.settings, self.log)
+        self.http = sglang.client(self.settings.url, config.probe.timeout_s)
+        self.processes = ServerProcesses(self.settings.name, self.backend.find, emit)
+        self.changing = asyncio.Lock()
+        self._changes = 0
+        self._emit = emit
+        self._now = now
+        self._probe_settings = config.probe
+
+    def adopt(self, procs: tuple[Proc, ...]) -> None:
+        """These are the server's processes from now on, whatever a look that is under way will find."""
+        self._changes += 1
+        self.processes.adopt(procs)
+
+    async def look(self) -> None:
+        """
+        Find the tree afresh.
+
+        In a thread where that is slow: a large machine has thousands of processes, and systemd may stall.
+        What a stop or a start has overtaken is not told.
+        """
+        before, find = self._changes, self.backend.find
+        procs = find() if self.backend.quick else await asyncio.to_thread(find)
+        if before == self._changes and not self.changing.locked():
+            self.processes.adopt(procs, tell=True)
+
+    def answers_itself(self) -> bool | None:
+        """Whether the server's own tree holds its port; None where that cannot be seen."""
+        port = servers.port_of(self.settings.url)
+        procs = self.backend.find()
+        if port is None or not procs:
+            return None
+        return proc.listening(port, (known.pid for known in procs)) is not None
+
+    async def probe(self) -> None:
+        """Ask the cheap endpoints, at an interval that a repair shortens. Ends by cancellation."""
+        name, settings = self.settings.name, self._probe_settings
+        while True:
+            self._emit(await sglang.probe(self.http, name, timeout_s=settings.timeout_s))
+            await asyncio.sleep(REPAIR_INTERVAL_S if self._repairing() else settings.interval_s)
+
+    async def keep_looking(self) -> None:
+        """Find the tree afresh at an interval, but not while it is being changed. Ends by cancellation."""
+        while True:
+            await asyncio.sleep(1.0 if self._repairing() else TREE_INTERVAL_S)
+            if self._stage() not in {Stage.STOP, Stage.START, Stage.BACKOFF}:
+                await self.look()
+
+    def _stage(self) -> Stage | None:
+        server = self._now()
+        return None if server is None or server.repair is None else server.repair.stage
+
+    def _repairing(self) -> bool:
+        server = self._now()
+        return server is not None and (server.repair is not None or server.state is ServerState.DEAD)
+
+
+def identity(config: Config) -> str:
+    """What names a run on this machine: two runs of one name must not take up each other's servers."""
+    return f"{config.run.name}@{config.run.state_dir}"
