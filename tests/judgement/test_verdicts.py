@@ -419,3 +419,52 @@ def test_silence_is_only_judged_where_a_limit_is_set() -> None:
 def test_a_wrong_setting_is_refused_by_name(wrong: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         RewardConfig(**wrong)
+
+
+def hard_batches(seed: int, steps: int = 1500, every: float = 0.03) -> list[float | None]:
+    """A run of 0.8 in which a batch now and then is of a hard set: a twentieth of its rollouts succeeds."""
+    rng = random.Random(seed)
+    return shares(rng, 32, [0.05 if rng.random() < every else 0.8 for _ in range(steps)])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_run_used_to_hard_batches_is_neither_held_nor_warned_about_at_every_one(seed: int) -> None:
+    values = hard_batches(seed)
+    deep = [step for step, value in enumerate(values) if value is not None and value < 0.25]
+    _, verdicts = judged(values)
+    late = verdicts[750:]
+    assert len([step for step in deep if step >= 750]) >= 10, "the batches that it is about"
+    assert sum(verdict.level is Level.HOLD for verdict in late) <= 2
+    assert sum(verdict.level is Level.WARN for verdict in late) <= len([s for s in deep if s >= 750]) // 2
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_run_used_to_hard_batches_is_still_held_within_three_zeros(seed: int) -> None:
+    values = hard_batches(seed)
+    while values[-1] is None or values[-1] < 0.5:
+        values.pop()
+    _, verdicts = judged([*values, *[0.0] * 10])
+    assert first(verdicts[len(values) :], Level.HOLD) in {0, 1, 2}
+
+
+def test_a_run_that_was_often_at_its_starting_level_is_not_held_for_being_there_again() -> None:
+    """An epoch's data from easy to hard, again and again: a saw, not stale weights."""
+    holds = 0
+    for seed in SEEDS:
+        rng = random.Random(seed)
+        values = shares(rng, 128, [0.56 - 0.12 * (step % 125) / 125 for step in range(1500)])
+        _, verdicts = judged(values)
+        holds += sum(verdict.level is Level.HOLD for verdict in verdicts[750:])
+    assert holds == 0
+
+
+def test_a_smoothed_reward_that_wanders_is_no_decay() -> None:
+    """Some logs carry a running mean: its neighbours are alike, and its lowest value so far is no floor."""
+    rng = random.Random(3)
+    smooth, value = [], 0.6
+    for share in shares(rng, 32, [0.6] * 2000):
+        assert share is not None
+        value += 0.1 * (share - value)
+        smooth.append(value)
+    _, verdicts = judged(smooth)
+    assert first(verdicts, Level.HOLD) is None

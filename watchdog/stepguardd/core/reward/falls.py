@@ -21,13 +21,14 @@ from typing import NamedTuple
 from stepguardd.core.reward.baseline import Model
 from stepguardd.core.reward.model import Fall, RewardConfig
 
-__all__ = ["Segment", "after", "nats", "onset_of", "segment", "start_odds", "student_nats"]
+__all__ = ["Segment", "after", "dip_in", "nats", "onset_of", "segment", "start_odds", "student_nats"]
 
 _NO_FALL = Fall()
 _new = tuple.__new__
 _TAIL = 64
 _HALF, _QUARTER = 0.5, 0.75
 _GONE, _LEAST = 0.05, 0.3  # near the floor: a twentieth of the level against three tenths
+_DIP_NATS = 5.0  # against chance, for a fall that is over to be remembered
 _SHAPE = 4.5  # (degrees of freedom + 1) / 2 of Student's t with 8
 _DEGREES = 8.0
 
@@ -120,6 +121,27 @@ def onset_of(model: Model, tail: tuple[tuple[int, float], ...]) -> int:
         if gain > best:
             best, begin = gain, len(tail) - size
     return begin
+
+
+def dip_in(model: Model, tail: tuple[tuple[int, float], ...]) -> tuple[int, float, int] | None:
+    """
+    Steps, mean and last step of the deepest stretch of a fall that is over; None where there was none.
+
+    The stretch is the one that lies furthest below seven eighths of the height in all: what a wobble reaches.
+    """
+    line = model.level - 0.125 * (model.level - model.floor)
+    best, begin, size = 0.0, 0, 0
+    depth, start = 0.0, 0
+    for i, (_, value) in enumerate(tail):
+        depth += line - value
+        if depth <= 0.0:
+            depth, start = 0.0, i + 1
+        elif depth > best:
+            best, begin, size = depth, start, i + 1 - start
+    if size == 0:
+        return None
+    mean = sum(value for _, value in tail[begin : begin + size]) / size
+    return (size, mean, tail[-1][0]) if size * _divergence(model, mean) >= _DIP_NATS else None
 
 
 def _divergence(model: Model, level: float) -> float:

@@ -28,6 +28,7 @@ from stepguardd.core.reward.baseline import (
     release,
 )
 from stepguardd.core.reward.model import (
+    Dips,
     Episode,
     Fall,
     Kind,
@@ -59,9 +60,12 @@ _WITNESS_NATS = 4.0  # what a second witness must say to count
 # For "exactly the starting level" against "some other level": a switch rarely lands there. Every switch that
 # this run has had makes another one more likely than stale weights, and so the threshold higher.
 _START_ODDS = 5.0
+_USUAL_DIPS = 2  # falls that ended by themselves, before another like them is no news
+_DIPS_MEMORY = 1000  # steps after the last of them
 _START_STEPS = 4, 12  # since the onset; later the odds would be asked too often, and a climb may pass by
 _TREND_NATS = 7.0
 _TREND_STEPS = 8
+_DECAYED_SIGMAS = 8.0
 _DECAYED = 0.36  # of the baseline's height: what a decay may leave before it is held
 
 
@@ -211,7 +215,7 @@ def _judged(
     config: RewardConfig, state: RewardState, seen: Observation, value: float
 ) -> tuple[RewardState, Verdict]:
     """The verdict on a finite value while nothing is tripped (or only something that was not a number)."""
-    baseline, learned = state.baseline, state.learned
+    baseline, learned, before = state.baseline, state.learned, state.fall
     model = model_of(config, baseline, learned, seen.ok)
     ok = seen.ok or baseline.rollouts or 1
     run = runs.constant_run(config, model, state, state.fall, seen.step, value, ok)
@@ -228,6 +232,8 @@ def _judged(
             state = state._replace(episode=None)  # the reward is back where it was
         state, verdict = _warning(config, state._replace(run=run, fall=fall), seen, value, model)
         baseline, learned, run, fall = state.baseline, state.learned, state.run, state.fall
+    if model is not None and before is not None and fall is None:
+        learned = _dipped(config, learned, model, before)
     # What a warned-about fall shows is not learned; its level is adopted as a whole, or not at all.
     if fall is None or not fall.active:
         suspicious = (run is not None and run.evidence > _SUSPICIOUS_NATS) or (
@@ -242,6 +248,36 @@ def _judged(
         verdict = _recovered(verdict)
     fields = (seen.attempt, seen.step, baseline, learned, run, fall, state.tracks, state.witnesses, 0)
     return _new(RewardState, (*fields, state.same_spread, state.episode, None)), verdict
+
+
+def _dipped(config: RewardConfig, learned: Learned, model: Model, fall: Fall) -> Learned:
+    """What is learned from a fall that ended by itself: how deep and how long they are in this run."""
+    dip = falls.dip_in(model, fall.tail)
+    if dip is None or dip[0] > config.curriculum_grace_steps:
+        return learned
+    steps, mean, last = dip
+    old = learned.dips
+    if old is None or last - old.last_step > _DIPS_MEMORY:
+        return learned._replace(dips=Dips(1, steps, steps * mean, mean, steps, last))
+    return learned._replace(
+        dips=Dips(
+            old.count + 1,
+            old.steps + steps,
+            old.total + steps * mean,
+            min(old.lowest, mean),
+            max(old.longest, steps),
+            last,
+        )
+    )
+
+
+def _is_usual(learned: Learned, model: Model, step: int, part: falls.Segment) -> bool:
+    """Whether this run came back by itself, more than once and lately, from a fall as deep and as long."""
+    dips = learned.dips
+    if dips is None or dips.count < _USUAL_DIPS or step - dips.last_step > _DIPS_MEMORY:
+        return False
+    slack = model.sigma / part.steps**0.5
+    return part.steps <= 2 * dips.longest and part.level >= dips.lowest - slack
 
 
 def _is_uneventful(
@@ -290,6 +326,7 @@ def _start_level(model: Model, learned: Learned) -> float | None:
     height = model.level - model.floor
     if (
         level > model.level - 0.15 * height
+        or (learned.dips is not None and learned.dips.count >= _USUAL_DIPS and level >= learned.dips.lowest)
         or level < model.floor + 0.03 * height
         or level <= 0.0 < model.rollouts
     ):
@@ -369,7 +406,10 @@ def _hold_of_fall(
             )
             return _held(state, seen, Reason.REWARD_START_LEVEL, part.onset, figures)
     left = (part.end - model.floor) / max(model.level - model.floor, 1e-12)
-    if part.steps >= _TREND_STEPS and part.trend_nats >= _TREND_NATS and left <= _DECAYED:
+    # A floor that is only the lowest value so far moves with every wobble: then the noise is the measure.
+    measured = model.shares or model.floor == 0.0 or model.level - part.end > _DECAYED_SIGMAS * model.sigma
+    decayed = measured and left <= _DECAYED
+    if part.steps >= _TREND_STEPS and part.trend_nats >= _TREND_NATS and decayed:
         figures = (
             *_figures(config, model, strongest, part),
             ("slope", part.slope),
@@ -550,14 +590,16 @@ def _warning_of_fall(
         fall = fall._replace(active=True, onset=part.leaves_at, age=1)
     elif fall.age >= config.curriculum_grace_steps and part.trend_nats < _TREND_NATS:
         return None
+    state = state._replace(fall=fall)
+    news = strongest >= config.warn_nats and not _is_usual(state.learned, model, seen.step, part)
+    if state.episode is None and not news:
+        return state, _OK
     reason = Reason.REWARD_LEVEL_FALL
     if part.trend_nats >= _TREND_NATS:
         reason = Reason.REWARD_DECAY
     elif fall.start >= strongest and _odds_of_start(state, model, part) > 1:
         reason = Reason.REWARD_START_LEVEL
-    return _warned(
-        state._replace(fall=fall), seen, reason, fall.onset, _figures(config, model, strongest, part)
-    )
+    return _warned(state, seen, reason, fall.onset, _figures(config, model, strongest, part))
 
 
 def _same_spread(state: RewardState, seen: Observation, value: float) -> int:

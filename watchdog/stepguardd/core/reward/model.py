@@ -20,6 +20,7 @@ from stepguardd.core.reasons import Reason
 
 __all__ = [
     "Baseline",
+    "Dips",
     "Episode",
     "Fall",
     "Kind",
@@ -235,6 +236,21 @@ class Baseline(NamedTuple):
     pending: Pending | None = None
 
 
+class Dips(NamedTuple):
+    """Falls that the run came back from by itself, without a hold: what it is used to."""
+
+    count: int
+    steps: int
+    """That all of them lasted together."""
+    total: float
+    """The sum of the values in them."""
+    lowest: float
+    """The mean of the deepest."""
+    longest: int
+    """Steps of the longest."""
+    last_step: int
+
+
 class Learned(NamedTuple):
     """What changes rarely: the grid of the values, the run's start, and the level at past steps."""
 
@@ -250,6 +266,7 @@ class Learned(NamedTuple):
     start_sum: float = 0.0
     switches: int = 0
     """Falls to new levels that were accepted: such a run falls for legitimate reasons."""
+    dips: Dips | None = None
     history: tuple[tuple[int, float], ...] = ()
     """The level at past steps, thinned out (at most 32)."""
     stride: int = 8

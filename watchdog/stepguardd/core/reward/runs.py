@@ -13,12 +13,13 @@ from __future__ import annotations
 from math import exp, log, log1p
 
 from stepguardd.core.reward.baseline import LEAST_TIE, Model, log_any_tie, log_constant
-from stepguardd.core.reward.model import Baseline, Fall, RewardConfig, RewardState, Run, Switched
+from stepguardd.core.reward.model import Baseline, Dips, Fall, RewardConfig, RewardState, Run, Switched
 
 __all__ = ["constant_run", "is_natural", "is_sparse", "stuck_nats"]
 
 _GRID = 0.15  # of the height, between the two lower levels that the likelihood is computed for
 _NEVER = -1e6
+_KNOWN_DIPS = 3  # before such a dip is one of the healthy explanations of a constant
 
 
 def constant_run(
@@ -81,6 +82,8 @@ def constant_run(
         )
     switched = _switched(config, model, baseline, value, floor, switched, length)
     evidence = _together(config, evidence, switched)
+    if (dips := state.learned.dips) is not None and dips.count >= _KNOWN_DIPS and evidence > 0.0:
+        evidence = -_log_add(-evidence, _log_dip(model, baseline, dips, value, length))
     if fall and fall.active and fall.age > length:
         evidence = min(evidence, _within_fall(model, fall, value, length))
     return Run(value, length, first, plain, switched, rollouts, max(evidence, 0.0))
@@ -127,6 +130,14 @@ def _together(config: RewardConfig, evidence: float, switched: Switched) -> floa
     average = least - log(rate / (1 - exp(-rate))) if rate > 1e-6 else least
     legitimate = _log_add(average, own) - log(config.switch_every_steps)
     return -_log_add(-evidence, legitimate)
+
+
+def _log_dip(model: Model, baseline: Baseline, dips: Dips, value: float, length: int) -> float:
+    """The log-likelihood of the run as so many dips, by chance, like those that came back by themselves."""
+    least = 0.5 / max(model.rollouts, 1.0)
+    deepest = log_constant(model, max(dips.lowest, least), value) - log(baseline.seen)
+    usual = log_constant(model, min(dips.total / dips.steps, model.level), value)
+    return length * max(deepest, usual + log(dips.steps / baseline.seen))
 
 
 def _log_add(a: float, b: float) -> float:
