@@ -261,7 +261,7 @@ def _dipped(config: RewardConfig, learned: Learned, model: Model, fall: Fall) ->
         return learned._replace(dips=Dips(1, steps, steps * mean, mean, steps, last))
     return learned._replace(
         dips=Dips(
-            old.count + 1,
+            old.number + 1,
             old.steps + steps,
             old.total + steps * mean,
             min(old.lowest, mean),
@@ -274,7 +274,7 @@ def _dipped(config: RewardConfig, learned: Learned, model: Model, fall: Fall) ->
 def _is_usual(learned: Learned, model: Model, step: int, part: falls.Segment) -> bool:
     """Whether this run came back by itself, more than once and lately, from a fall as deep and as long."""
     dips = learned.dips
-    if dips is None or dips.count < _USUAL_DIPS or step - dips.last_step > _DIPS_MEMORY:
+    if dips is None or dips.number < _USUAL_DIPS or step - dips.last_step > _DIPS_MEMORY:
         return False
     slack = model.sigma / part.steps**0.5
     return part.steps <= 2 * dips.longest and part.level >= dips.lowest - slack
@@ -326,7 +326,7 @@ def _start_level(model: Model, learned: Learned) -> float | None:
     height = model.level - model.floor
     if (
         level > model.level - 0.15 * height
-        or (learned.dips is not None and learned.dips.count >= _USUAL_DIPS and level >= learned.dips.lowest)
+        or (learned.dips is not None and learned.dips.number >= _USUAL_DIPS and level >= learned.dips.lowest)
         or level < model.floor + 0.03 * height
         or level <= 0.0 < model.rollouts
     ):

@@ -239,7 +239,7 @@ class Baseline(NamedTuple):
 class Dips(NamedTuple):
     """Falls that the run came back from by itself, without a hold: what it is used to."""
 
-    count: int
+    number: int
     steps: int
     """That all of them lasted together."""
     total: float

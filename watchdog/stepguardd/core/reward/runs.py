@@ -82,7 +82,7 @@ def constant_run(
         )
     switched = _switched(config, model, baseline, value, floor, switched, length)
     evidence = _together(config, evidence, switched)
-    if (dips := state.learned.dips) is not None and dips.count >= _KNOWN_DIPS and evidence > 0.0:
+    if (dips := state.learned.dips) is not None and dips.number >= _KNOWN_DIPS and evidence > 0.0:
         evidence = -_log_add(-evidence, _log_dip(model, baseline, dips, value, length))
     if fall and fall.active and fall.age > length:
         evidence = min(evidence, _within_fall(model, fall, value, length))
