@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from shell.fake_daemon import WELL
-from stepguardd.cli.status_view import is_well, sparkline, view
+from stepguardd.cli.status_view import is_well, view
+from stepguardd.sparkline import sparkline
 
 
 def drawn(status: Any) -> list[str]:

@@ -39,6 +39,8 @@ from .core.state import GateOrder, Mode, Server, State, initial
 from .effects import server as servers
 from .effects.gate import GateWriter
 from .failpoint import failpoint
+from .incidents import folders
+from .incidents.recorder import IncidentRecorder
 from .journal import Journal, JournalError, Restored
 from .notify import Notifier
 from .settings import core_settings
@@ -86,6 +88,7 @@ class Daemon:
         self._page: TrainerPage
         self._stream: RewardStream | None = None
         self._servers: dict[str, WatchedServer] = {}
+        self._recorder = IncidentRecorder(config, self._servers)
         self._acting = Acting(config, self._servers, self.feed, lambda: self.state)
 
     # ---- life ---------------------------------------------------------------------------------------
@@ -206,7 +209,8 @@ class Daemon:
         )
         state = restored.state
         if state is None:
-            return replace(initial(settings, mode, fresh), intents=restored.intents)
+            told = max(restored.incidents, *folders.kept(self.config.run.state_dir), 0)
+            return replace(initial(settings, mode, fresh), intents=restored.intents, incidents=told)
         for recorded in restored.after:
             state, _ = decide(state, recorded.event, recorded.at)
         self._mode_changed = state.settings.mode is not mode
@@ -231,6 +235,7 @@ class Daemon:
             asked = OperatorAsked(verb="mode", who="the config", why="run.mode", mode=self.config.run.mode)
             self.feed(asked)
         self._taken_up = True
+        self._recorder.take_up(self.state)
         wanted = {server.repair.intent for server in self.state.servers if server.repair is not None}
         wanted |= {self.state.rollback.intent if self.state.rollback is not None else None}
         for server in self._servers.values():
@@ -244,6 +249,7 @@ class Daemon:
     async def _close(self) -> None:
         """Stop the effects, tell the trainer that nobody is there, and leave the servers as configured."""
         await self._acting.close()
+        await self._recorder.close()
         stop_servers = self._taken_up and self.config.run.servers_on_stop == "stop"
         for server in self._servers.values():
             server.processes.close()
@@ -295,6 +301,7 @@ class Daemon:
         )
         for command in commands:
             self._carry_out(command, durable)
+        self._recorder.saw(before, self.state)
 
     def _carry_out(self, command: Command, durable: "asyncio.Future[None] | None") -> None:
         match command:
@@ -348,6 +355,7 @@ class Daemon:
         return status.of(
             self.state,
             run=self.config.run.name,
+            state_dir=str(self.config.run.state_dir),
             urls={server.name: server.url for server in self.config.servers},
             now=clock.monotonic(),
             started_at=self.started_at,

@@ -78,13 +78,15 @@ class Restored:
     """
     What a daemon comes back to: a state, the events after it, and the effects that were under way.
 
-    `intents` is how many intents were named so far: without a state the next one must not repeat a name.
+    `intents` and `incidents` are how many were named so far: without a state the next one must not repeat a
+    name.
     """
 
     state: State | None
     after: tuple[Recorded, ...]
     unfinished: tuple[Effect, ...]
     intents: int
+    incidents: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +121,31 @@ def decode_command(kind: str, body: str) -> Command:
 def encode_command(command: Command) -> str:
     """A command as the journal keeps it, byte for byte the same for equal commands."""
     return encode(command, _COMMANDS)
+
+
+def encode_event(event: Event) -> str:
+    """An event as the journal keeps it."""
+    return encode(event, _EVENTS)
+
+
+def encode_commands(commands: tuple[Command, ...]) -> str:
+    """All commands of one decision as the row of the journal has them: equal decisions, equal bytes."""
+    return _json(
+        [[type(c).__name__, _COMMANDS[type(c).__name__].dump_python(c, mode="json")] for c in commands]
+    )
+
+
+def encode_state(state: State) -> str:
+    """A whole state as the journal keeps it."""
+    return _json(_STATE.dump_python(state, mode="json"))
+
+
+def decode_state(text: str) -> State:
+    """The state that was written; raises `JournalError` where this version cannot read it."""
+    try:
+        return _STATE.validate_json(text)
+    except ValueError as error:
+        raise JournalError(f"a state of the journal cannot be read: {error}") from error
 
 
 def _decode(adapters: dict[str, TypeAdapter[Any]], kind: str, body: str) -> Any:
@@ -195,15 +222,14 @@ class Journal:
     def _restore(self) -> Restored:
         self._settle_boot()
         names = self._db.execute("SELECT coalesce(max(CAST(intent AS INTEGER)), 0) FROM intents").fetchone()
+        told = self._db.execute("SELECT coalesce(max(incident), 0) FROM notices").fetchone()
         newest = self._db.execute("SELECT seq, state FROM snapshots ORDER BY seq DESC LIMIT 1").fetchone()
         if newest is None:
-            return Restored(state=None, after=(), unfinished=(), intents=names[0])
+            return Restored(state=None, after=(), unfinished=(), intents=names[0], incidents=told[0])
         try:
-            state = _STATE.validate_json(newest[1])
-        except ValueError as error:
-            raise JournalError(
-                f"{self.path}: its newest state cannot be read ({error}); move the file aside"
-            ) from error
+            state = decode_state(newest[1])
+        except JournalError as error:
+            raise JournalError(f"{self.path}: {error}; move the file aside") from error
         under_way = self._db.execute("SELECT kind, body FROM intents WHERE ended IS NULL ORDER BY seq")
         unfinished = tuple(decode_command(kind, body) for kind, body in under_way.fetchall())
         return Restored(
@@ -213,6 +239,7 @@ class Journal:
                 effect for effect in unfinished if not isinstance(effect, commands_without_intent)
             ),
             intents=names[0],
+            incidents=told[0],
         )
 
     def _settle_boot(self) -> None:
@@ -349,16 +376,19 @@ class Journal:
 
     def _insert(self, row: _Row, seq: int) -> None:
         event, db = row.event, self._db
-        decided = [
-            [type(c).__name__, _COMMANDS[type(c).__name__].dump_python(c, mode="json")] for c in row.commands
-        ]
         db.execute(
             "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)",
-            (seq, row.at, row.wall, type(event).__name__, encode(event, _EVENTS), _json(decided)),
+            (
+                seq,
+                row.at,
+                row.wall,
+                type(event).__name__,
+                encode(event, _EVENTS),
+                encode_commands(row.commands),
+            ),
         )
         if row.state is not None:
-            state = _json(_STATE.dump_python(row.state, mode="json"))
-            db.execute("INSERT INTO snapshots VALUES (?, ?)", (seq, state))
+            db.execute("INSERT INTO snapshots VALUES (?, ?)", (seq, encode_state(row.state)))
             db.execute("DELETE FROM snapshots WHERE seq <= ?", (seq - 20 * SNAPSHOT_EVERY,))
         if isinstance(event, EffectEnded):
             db.execute(

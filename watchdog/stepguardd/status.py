@@ -14,6 +14,7 @@ def of(
     state: State,
     *,
     run: str,
+    state_dir: str,
     urls: Mapping[str, str],
     now: float,
     started_at: float,
@@ -28,6 +29,7 @@ def of(
     Args:
         state: the daemon's state.
         run: the run's name.
+        state_dir: where its journal and its reports are.
         urls: each server's address.
         now: seconds of the monotonic clock.
         started_at: when the daemon came up, on the same clock.
@@ -49,6 +51,7 @@ def of(
         warnings.append(f"{lost_rows} rows were lost to the journal")
     return {
         "run": run,
+        "state_dir": state_dir,
         "mode": state.mode.value,
         "breaker": {
             "phase": state.phase.value,

@@ -4,11 +4,12 @@ import asyncio
 from collections.abc import Callable
 from typing import Final
 
-from . import proc
+from . import clock, proc
 from .config import Config
 from .core.events import Event, Proc
 from .core.state import Server, ServerState, Stage
 from .effects import server as servers
+from .incidents.collected import SCRAPE_BYTES_MAX, SCRAPE_EVERY_S, SERVERS_SCRAPED_MAX, Scrape
 from .sources import sglang
 from .sources.process import ServerProcesses
 
@@ -33,6 +34,8 @@ class WatchedServer:
         self._emit = emit
         self._now = now
         self._probe_settings = config.probe
+        self.scrape: Scrape | None = None
+        self._scrapes = index < SERVERS_SCRAPED_MAX
 
     def adopt(self, procs: tuple[Proc, ...]) -> None:
         """These are the server's processes from now on, whatever a look that is under way will find."""
@@ -63,8 +66,16 @@ class WatchedServer:
         """Ask the cheap endpoints, at an interval that a repair shortens. Ends by cancellation."""
         name, settings = self.settings.name, self._probe_settings
         while True:
-            self._emit(await sglang.probe(self.http, name, timeout_s=settings.timeout_s))
+            self._emit(
+                await sglang.probe(self.http, name, timeout_s=settings.timeout_s, scraped=self._keep_scrape)
+            )
             await asyncio.sleep(REPAIR_INTERVAL_S if self._repairing() else settings.interval_s)
+
+    def _keep_scrape(self, body: bytes) -> None:
+        """The newest `/metrics` is kept for an incident's report, now and then, of a small fleet."""
+        now = clock.wall()
+        if self._scrapes and (self.scrape is None or abs(now - self.scrape.wall) >= SCRAPE_EVERY_S):
+            self.scrape = Scrape(wall=now, body=body[:SCRAPE_BYTES_MAX])
 
     async def keep_looking(self) -> None:
         """Find the tree afresh at an interval, but not while it is being changed. Ends by cancellation."""

@@ -31,6 +31,7 @@ COMMANDS = {
     "tune": "Find settings for the reward tests from recorded runs.",
     "stream": "Show the reward stream as Stepguard reads it.",
     "install-service": "Install the systemd units.",
+    "report": "What happened in an incident, and what to do.",
     "diagnose": "What most likely went wrong, with the evidence.",
 }
 EXTRAS = {"demo": "demo"}

@@ -18,6 +18,7 @@ from stepguardd.control.contract import SOCKET_NAME, Refused
 from stepguardd.places import run_roots
 
 if TYPE_CHECKING:
+    from stepguardd.config import Config
     from stepguardd.control.client import ControlClient
 
 RunDir = Annotated[
@@ -60,7 +61,7 @@ def find_socket(config: Path | None, run_dir: Path | None) -> Path:
     """The control socket of the run that is meant; ends the command where that is not clear."""
     if config and run_dir:
         fail("give --config or --run-dir, not both: each names a run")
-    named = run_dir or (_run_dir_of(config) if config else None)
+    named = run_dir or (_config_of(config).run.run_dir if config else None)
     if named is None and (from_env := os.environ.get("STEPGUARD_RUN_DIR")):
         named = Path(from_env)
     if named is not None:
@@ -76,6 +77,17 @@ def find_socket(config: Path | None, run_dir: Path | None) -> Path:
     return candidates[0]
 
 
+def state_dir_of(config: Path | None, run_dir: Path | None) -> Path:
+    """Where the run that is meant keeps its journal: as its config says, else as its daemon does."""
+    if config is not None and run_dir is None:
+        return _config_of(config).run.state_dir
+    with daemon_of(config, run_dir) as daemon:
+        told = daemon.status().get("state_dir")
+    if not told:
+        bad_news("this daemon does not say where its state is; give --state-dir or --config")
+    return Path(told)
+
+
 def confirm(question: str, *, yes: bool) -> None:
     """Ask a person before something is torn down; a script has to say --yes."""
     if yes:
@@ -85,11 +97,11 @@ def confirm(question: str, *, yes: bool) -> None:
     typer.confirm(question, abort=True, err=True)
 
 
-def _run_dir_of(config: Path) -> Path:
+def _config_of(config: Path) -> "Config":
     from stepguardd.config import ConfigError, load_config  # noqa: PLC0415 - only --config needs pydantic
 
     try:
-        return load_config(config).run.run_dir
+        return load_config(config)
     except ConfigError as error:
         fail(str(error))
 

@@ -13,12 +13,12 @@ from rich.text import Text
 
 from stepguardd.control.contract import IncidentDict, ServerDict, StatusDict
 from stepguardd.oneline import one_line
+from stepguardd.sparkline import sparkline
 
 WIDTH = 80
 SERVERS_MAX = 4
 ACTIONS_MAX = 2
 WARNINGS_MAX = 2
-SPARKS = "▁▂▃▄▅▆▇█"
 
 # What each phase of the breaker means to a person: a word, a colour, and what to do.
 _PHASES = {
@@ -129,22 +129,6 @@ def _reward(status: StatusDict) -> Text:
     line.append(sparkline(values[-40:]), style="cyan")
     line.append(f"  {min(known):.3g} to {max(known):.3g}", style="dim")
     return line
-
-
-def sparkline(values: Sequence[float | None]) -> str:
-    """One character a value, between their least and greatest; an unknown one is a dot."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return "·" * len(values)
-    low, span = min(known), max(known) - min(known)
-    return "".join(
-        "·"
-        if value is None
-        else SPARKS[min(int((value - low) / span * len(SPARKS)), len(SPARKS) - 1)]
-        if span
-        else SPARKS[len(SPARKS) // 2]
-        for value in values
-    )
 
 
 def _servers(servers: Sequence[ServerDict]) -> list[Table | Text]:

@@ -443,6 +443,32 @@ class CheckpointSettings(Section):
     )
 
 
+class ReportSettings(Section):
+    """
+    What is kept of each incident: a folder <state_dir>/incidents/<number> with the report.
+
+    `stepguard report` shows it.
+    """
+
+    keep: int = Field(
+        default=50, ge=1, description="So many incidents are kept; the oldest are deleted first."
+    )
+    total_mib: int = Field(
+        default=1024, ge=16, description="All of them together take no more room than this, in MiB."
+    )
+    log_kib: int = Field(
+        default=256, ge=8, le=65_536, description="Of each log so much is kept around an incident, in KiB."
+    )
+    decisions_mib: int = Field(
+        default=32, ge=1, le=1024, description="The log of decisions ends at this size, in MiB."
+    )
+    stacks: bool = Field(
+        default=True,
+        description="Ask py-spy, where it is installed, for the stacks of a server or trainer that hangs. It "
+        "does not stop the process for it.",
+    )
+
+
 class ControlSettings(Section):
     """Who may pause, resume and roll back over the socket in run_dir."""
 
@@ -466,6 +492,7 @@ class Config(Section):
     recovery: RecoverySettings = Field(default_factory=RecoverySettings)
     weights: WeightsSettings = Field(default_factory=WeightsSettings)
     checkpoints: CheckpointSettings = Field(default_factory=CheckpointSettings)
+    reports: ReportSettings = Field(default_factory=ReportSettings)
     control: ControlSettings = Field(default_factory=ControlSettings)
 
     @field_validator("servers")

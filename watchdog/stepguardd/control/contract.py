@@ -106,6 +106,7 @@ class StatusDict(TypedDict, total=False):
     """The answer to GET /api/v1/status. A reader must do without any key: daemons have versions."""
 
     run: str
+    state_dir: str
     mode: str
     breaker: BreakerDict
     gate: GateDict

@@ -15,7 +15,7 @@ from stepguardd.core.diagnosis import Evidence, Fact
 from stepguardd.oneline import one_line
 from stepguardd.sources.signatures import SIGNATURES, Sign
 
-__all__ = ["log_evidence"]
+__all__ = ["line_evidence", "log_evidence"]
 
 _LOG_BYTES_MAX = 512 << 20
 _LINE_BYTES_MAX = 4096
@@ -97,7 +97,7 @@ def log_evidence(logs: Sequence[Path]) -> Iterator[Evidence]:
                 found[fact] = (first, text, count + 1)
         for fact, (number, line, count) in found.items():
             memory = memory or fact in {Fact.HOST_OOM, Fact.GPU_OOM}
-            yield _piece(path, fact, number, line, count)
+            yield _piece(path.name, fact, number, line, count)
     if lines and not memory:
         names = ", ".join(path.name for path in logs[:3]) + (" and others" if len(logs) > 3 else "")
         yield Evidence(
@@ -106,6 +106,18 @@ def log_evidence(logs: Sequence[Path]) -> Iterator[Evidence]:
             source=names,
             text=f"no out-of-memory line in {lines} lines",
         )
+
+
+def line_evidence(source: str, lines: Sequence[str]) -> Iterator[Evidence]:
+    """The evidence in lines that were cut out of a log."""
+    found: dict[Fact, tuple[int, bytes, int]] = {}
+    for number, text in enumerate(lines, start=1):
+        line = text.encode("utf-8", "replace")[:_LINE_BYTES_MAX]
+        for fact in _facts(line):
+            first, told, count = found.get(fact, (number, line, 0))
+            found[fact] = (first, told, count + 1)
+    for fact, (number, line, count) in found.items():
+        yield _piece(source, fact, number, line, count)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -137,9 +149,9 @@ def _facts(line: bytes) -> set[Fact]:
     return facts
 
 
-def _piece(path: Path, fact: Fact, number: int, line: bytes, count: int) -> Evidence:
+def _piece(source: str, fact: Fact, number: int, line: bytes, count: int) -> Evidence:
     match = _TIME.search(line)
     time = match.group().decode("ascii", "replace").strip("[] ") if match else "time not logged"
     text = one_line(line.decode("utf-8", "replace"), _QUOTE_CHARS)
     times = "once" if count == 1 else f"{count} times"
-    return Evidence(fact=fact, time=time, source=f"{path.name}:{number}", text=f"“{text}” ({times})")
+    return Evidence(fact=fact, time=time, source=f"{source}:{number}", text=f"“{text}” ({times})")

@@ -9,6 +9,7 @@ more than that.
 
 import asyncio
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -96,14 +97,22 @@ async def _read(response: httpx.Response) -> Reply:
             return Reply(answer=Answer.BROKEN, body=body)
 
 
-async def probe(http: httpx.AsyncClient, server: str, *, timeout_s: float) -> ServerProbed:
-    """One round: three requests at once, all of them bounded."""
+async def probe(
+    http: httpx.AsyncClient,
+    server: str,
+    *,
+    timeout_s: float,
+    scraped: Callable[[bytes], None] = lambda body: None,
+) -> ServerProbed:
+    """One round: three requests at once, all of them bounded; `scraped` is handed what `/metrics` said."""
     ready, info, metrics = await asyncio.gather(
         request(http, "GET", "/ready", timeout_s=timeout_s),
         request(http, "GET", "/model_info", timeout_s=timeout_s),
         request(http, "GET", "/metrics", timeout_s=timeout_s),
     )
     model_info, version = weight_version(info)
+    if metrics.answer is Answer.OK:
+        scraped(metrics.body)
     running, tokens = read_metrics(metrics.body)
     return ServerProbed(
         server=server,

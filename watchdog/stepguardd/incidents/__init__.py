@@ -1,0 +1,1 @@
+"""One incident as a folder that a person can act on: collected while it goes on, written up when it ends."""

@@ -1,0 +1,664 @@
+"""
+The report on one incident: everything that a person on call needs, put together once for every form of it.
+
+Reads the journal and the incident's folder, and changes nothing.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+from .. import clock
+from ..checkpoints.rollback import undo_command
+from ..core.breaker import Phase
+from ..core.diagnosis import NAMES, Cause, Evidence, Fact, Hypothesis, rank
+from ..core.events import BatchReported, CheckpointSaved, RewardLogged, StepCommitted
+from ..core.reward import Kind
+from ..core.state import GateOrder, Incident, Mode, State
+from ..diagnosis.logs import line_evidence
+from ..diagnosis.story import Incident as Rows
+from ..diagnosis.story import Story
+from ..history import History
+from ..journal import JournalError, Recorded
+from ..sources.nvml import GpuError, GpuLook, NvmlDriver
+from ..sources.signatures import Sign
+from . import slices
+from .collected import Collected
+from .evidence import clock_time, journal_evidence, reward_history
+from .passage import Passage, read_passage
+from .slices import Figure, LogSlice
+from .timeline import ACTS, Moment, Plane, merged, timeline
+
+_KERNEL_TAIL_S: Final = 5.0
+_STATES_TELL: Final = {Sign.STARTING.value, Sign.READY.value}
+_GPU_TIMEOUT_S: Final = 5.0
+_STACK_CHARS_MAX: Final = 200_000
+
+
+class ReportError(Exception):
+    """There is no report to make; the message says why and what would help."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """
+    What the incident cost; None is unknown.
+
+    `steps_lost` is the time held in steps of the run's own pace; `gpus` is how many this machine has.
+    """
+
+    held_s: float
+    refused_batches: int
+    garbage_steps: int
+    step_s: float | None
+    steps_lost: float | None
+    gpus: int | None
+    gpu_hours: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Action:
+    """One thing that Stepguard did; times in seconds, the beginning counted from the opening."""
+
+    name: str
+    after_s: float
+    took_s: float | None
+    ok: bool | None
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """The reward and what happened along it, by step. Bands are (first step, last step)."""
+
+    steps: tuple[int, ...]
+    values: tuple[float | None, ...]
+    attempts: tuple[int, ...]
+    refused: tuple[tuple[int, float | None, str], ...]
+    saved: tuple[int, ...]
+    held: tuple[int, int] | None
+    onset: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Everything; the forms only choose."""
+
+    run: str
+    mode: str
+    incident: Incident
+    stage: str
+    title: str
+    summary: tuple[str, ...]
+    opened_wall: float
+    written_wall: float
+    cost: Cost
+    moments: tuple[Moment, ...]
+    hypotheses: tuple[Hypothesis, ...]
+    actions: tuple[Action, ...]
+    steps: tuple[str, ...]
+    commands: tuple[tuple[str, str], ...]
+    curve: Curve
+    logs: tuple[LogSlice, ...]
+    figures: tuple[Figure, ...]
+    scraped: str
+    stacks: tuple[tuple[str, str], ...]
+    config: tuple[tuple[str, str, bool], ...]
+    gpus: tuple[Mapping[str, object], ...] | None
+    notes: tuple[str, ...]
+    decisions: int
+    passage: Passage
+
+
+def build(collected: Collected, folder: Path | None) -> Report:
+    """
+    Put a report together.
+
+    Args:
+        collected: what the daemon handed over.
+        folder: the incident's, with scrapes and stacks in it.
+
+    Raises:
+        ReportError: the journal has nothing of that incident, or cannot be read.
+
+    """
+    try:
+        passage = read_passage(Path(collected.journal), collected.incident)
+    except JournalError as error:
+        raise ReportError(str(error)) from None
+    if passage is None:
+        raise ReportError(
+            f"{collected.journal}: tells of no incident {collected.incident} any more; its report may be kept"
+        )
+    last, incident = _incident(passage)
+    notes = list(collected.notes)
+    logs, kernel = _logs(passage, collected, notes)
+    history = reward_history(passage, collected.run)
+    moments = merged(timeline(passage), _log_moments(passage, [*logs, *kernel]))
+    evidence = _evidence(passage, history, [*logs, *kernel], last)
+    hypotheses = rank(evidence)
+    gpus = _gpus(notes)
+    cost = _cost(passage, incident, last, history, gpus)
+    stage = _stage(incident, last)
+    return Report(
+        run=collected.run,
+        mode=last.mode.value,
+        incident=incident,
+        stage=stage,
+        title=_title(incident, hypotheses),
+        summary=tuple(_summary(passage, incident, last, cost, moments)),
+        opened_wall=passage.opened.wall,
+        written_wall=clock.wall(),
+        cost=cost,
+        moments=tuple(moments),
+        hypotheses=hypotheses,
+        actions=tuple(_actions(passage)),
+        steps=tuple(_next_steps(incident, last, hypotheses, stage)),
+        commands=tuple(_commands(collected, incident, stage)),
+        curve=_curve(passage, history, incident, last),
+        logs=(*logs, *kernel),
+        figures=tuple([] if folder is None else slices.read_metrics_files(folder, _servers(last))),
+        scraped=_scraped(collected, passage.opened.wall),
+        stacks=tuple([] if folder is None else _stacks(folder)),
+        config=collected.config,
+        gpus=gpus,
+        notes=tuple(notes),
+        decisions=len(passage.rows),
+        passage=passage,
+    )
+
+
+def _incident(passage: Passage) -> tuple[State, Incident]:
+    """The last state of the passage, and the incident as it then stood."""
+    last, found = passage.start, None
+    for _, _, after in passage.walk():
+        last = after
+        for known in (after.incident, after.last_incident):
+            if known is not None and known.number == passage.number:
+                found = known
+    if found is None:
+        raise ReportError(f"the journal's rows do not decide to incident {passage.number} any more")
+    return last, found
+
+
+def _stage(incident: Incident, last: State) -> str:
+    if incident.closed_at is not None:
+        return "closed"
+    if last.phase is Phase.LOCKED_OUT:
+        return "locked out"
+    return "held" if incident.resumed_at is None else "probation"
+
+
+def _servers(state: State) -> list[str]:
+    return [server.name for server in state.servers]
+
+
+# --- What is read
+
+
+def _scraped(collected: Collected, opened: float) -> str:
+    """How long before and after the opening the metrics are from."""
+    ages = {
+        when: wall - opened
+        for name, wall in collected.metrics_walls.items()
+        for when in ("before", "after")
+        if name.endswith(f"-{when}.txt")
+    }
+    told = [
+        f"{when}: {seconds(abs(age))} {when if age < 0 else 'after'} the hold" for when, age in ages.items()
+    ]
+    return "; ".join(told)
+
+
+def _logs(passage: Passage, collected: Collected, notes: list[str]) -> tuple[list[LogSlice], list[LogSlice]]:
+    logs = []
+    for name, span in collected.logs.items():
+        found = slices.cut_out(name, span, bytes_max=collected.log_bytes_max)
+        if isinstance(found, str):
+            notes.append(found)
+        elif found.lines:
+            logs.append(found)
+    opened = passage.opened
+    kernel = slices.kernel_slice(
+        since=opened.at - slices.KERNEL_LEAD_S,
+        until=passage.rows[-1].at + _KERNEL_TAIL_S,
+        since_wall=opened.wall - slices.KERNEL_LEAD_S,
+        opened=opened.at,
+    )
+    if isinstance(kernel, str):
+        notes.append(kernel)
+        return logs, []
+    return logs, [kernel]
+
+
+def _log_moments(passage: Passage, logs: Sequence[LogSlice]) -> list[Moment]:
+    """Lines with a known meaning, at the time that they say; those of the kernel by the monotonic clock."""
+    opened, ended = passage.opened, passage.rows[-1]
+    moments = []
+    for log in logs:
+        kernel = log.name == "kernel"
+        chosen = (
+            enumerate(log.lines)
+            if kernel
+            else ((index, log.lines[index]) for index, sign, _ in log.signs if sign not in _STATES_TELL)
+        )
+        walls = {index: wall for index, _, wall in log.signs}
+        for index, line in chosen:
+            after_s = _kernel_after(line, opened) if kernel else _wall_after(walls.get(index), opened)
+            if (
+                after_s is None
+                or not -slices.KERNEL_LEAD_S <= after_s <= ended.at - opened.at + _KERNEL_TAIL_S
+            ):
+                continue
+            if not kernel:  # a stamp of whole seconds: the place in the log knows better
+                after_s = max(after_s, 0.001) if index >= log.before else min(after_s, -0.001)
+            plane = Plane.KERNEL if kernel else (Plane.TRAINER if log.name == "trainer" else Plane.SERVER)
+            shown = line if len(line) <= 160 else line[:159] + "…"
+            moments.append(
+                Moment(
+                    after_s=after_s,
+                    wall=opened.wall + after_s,
+                    plane=plane,
+                    text=f"log: {shown}",
+                    kind=f"log {log.name}",
+                )
+            )
+    return moments
+
+
+def _kernel_after(line: str, opened: Recorded) -> float | None:
+    try:
+        return float(line[1 : line.index("]")]) - opened.at
+    except ValueError:
+        return None
+
+
+def _wall_after(wall: float | None, opened: Recorded) -> float | None:
+    return None if wall is None else wall - opened.wall
+
+
+def _gpus(notes: list[str]) -> tuple[Mapping[str, object], ...] | None:
+    """The GPUs as they are now; a driver that does not answer is not waited for."""
+    answers: list[GpuLook | str] = []
+
+    def ask() -> None:
+        try:
+            answers.append(NvmlDriver().look())
+        except GpuError as error:
+            answers.append(str(error))
+
+    asking = threading.Thread(target=ask, name="gpu-driver", daemon=True)
+    asking.start()
+    asking.join(_GPU_TIMEOUT_S)
+    look = answers[0] if answers else f"the GPU driver has not answered for {_GPU_TIMEOUT_S:g} s"
+    if isinstance(look, str):
+        notes.append(look)
+        return None
+    return tuple(
+        {
+            "index": gpu.index,
+            "busy_percent": gpu.busy_percent,
+            "temperature_c": gpu.temperature_c,
+            "used_bytes": gpu.used_bytes,
+            "total_bytes": gpu.total_bytes,
+        }
+        for gpu in look.gpus
+    )
+
+
+def _stacks(folder: Path) -> list[tuple[str, str]]:
+    found = []
+    for path in sorted((folder / "stacks").glob("*.txt")):
+        try:
+            found.append((path.stem, path.read_text(encoding="utf-8", errors="replace")[:_STACK_CHARS_MAX]))
+        except OSError:
+            continue
+    return found
+
+
+# --- Why
+
+
+def _evidence(
+    passage: Passage, history: History | None, logs: Sequence[LogSlice], last: State
+) -> list[Evidence]:
+    evidence = journal_evidence(passage)
+    for log in logs:
+        evidence += line_evidence(log.name, _recent(log, passage))
+    if logs and not any(piece.fact in {Fact.HOST_OOM, Fact.GPU_OOM} for piece in evidence):
+        count = sum(len(log.lines) for log in logs)
+        evidence.append(
+            Evidence(
+                fact=Fact.NO_OOM_LINES,
+                time=clock_time(passage.opened.wall),
+                source="logs",
+                text=f"no out-of-memory line in {count} lines of {', '.join(log.name for log in logs)}",
+            )
+        )
+    trip = _trip(passage)
+    if trip is not None and history is not None:
+        evidence += _story(history, trip.onset_step, trip.step, last)
+    return evidence
+
+
+def _recent(log: LogSlice, passage: Passage) -> list[str]:
+    """The lines of these minutes: an older crash in the same log is another incident's."""
+    since = passage.opened.wall - slices.KERNEL_LEAD_S
+    recent, lines = True, []
+    for line in log.lines:
+        told = slices.stamp(line)
+        if told is not None:
+            recent = told >= since
+        lines.append(line if recent else "")
+    return lines
+
+
+def _trip(passage: Passage) -> Any:
+    for row, _, after in passage.walk():
+        if row.seq >= passage.opened.seq and after.trip is not None and after.trip.kind != Kind.INFRA.value:
+            return after.trip
+    return None
+
+
+def _story(history: History, onset: int, seen: int, last: State) -> list[Evidence]:
+    """What the curve itself says, where the trip came from the reward."""
+    from ..core.reasons import Reason  # noqa: PLC0415 - only where the reward tripped
+
+    steps = history.steps
+    first = next((i for i, step in enumerate(steps) if step >= onset), None)
+    if first is None:
+        return []  # the bad batch was refused: no row of it was ever committed
+    at = next((i for i, step in enumerate(steps) if step >= seen), len(steps) - 1)
+    incident = last.incident or last.last_incident
+    reason = Reason(incident.reason) if incident is not None else Reason.REWARD_COLLAPSE
+    rows = Rows(reason=reason, first=first, seen=at, until=len(steps))
+    return list(Story(history, rows).evidence())
+
+
+def _title(incident: Incident, hypotheses: Sequence[Hypothesis]) -> str:
+    what = plain(incident.reason.value)
+    if hypotheses and hypotheses[0].confidence >= 0.5:
+        return f"{NAMES[hypotheses[0].cause]} ({hypotheses[0].confidence:.0%} sure)"
+    return what
+
+
+def plain(code: str) -> str:
+    """A reason code in words."""
+    return code.replace("_", " ")
+
+
+# --- What it cost
+
+
+def _cost(
+    passage: Passage,
+    incident: Incident,
+    last: State,
+    history: History | None,
+    gpus: Sequence[object] | None,
+) -> Cost:
+    end = incident.resumed_at
+    if end is None:
+        end = incident.closed_at if incident.closed_at is not None else passage.rows[-1].at
+    held_s = max(0.0, end - incident.opened_at)
+    step_s = _step_time(passage, incident)
+    return Cost(
+        held_s=held_s,
+        refused_batches=incident.refused_batches,
+        garbage_steps=_garbage(passage, incident, last),
+        step_s=step_s,
+        steps_lost=None if not step_s else held_s / step_s + incident.refused_batches,
+        gpus=None if gpus is None else len(gpus),
+        gpu_hours=None if not gpus else held_s * len(gpus) / 3600,
+    )
+
+
+def _step_time(passage: Passage, incident: Incident) -> float | None:
+    """Seconds from one committed step to the next, before the incident."""
+    times = [
+        row.at
+        for row in passage.curve
+        if isinstance(row.event, StepCommitted) and row.at < incident.opened_at
+    ][-50:]
+    gaps = [later - earlier for earlier, later in pairwise(times) if later > earlier]
+    return median(gaps) if len(gaps) >= 3 else None
+
+
+def _garbage(passage: Passage, incident: Incident, last: State) -> int:
+    """
+    Optimizer steps that were taken on bad batches: from the onset to the hold, and while the gate said HOLD.
+
+    Where the trouble is a server's, only what was committed against a hold counts: the batches before it were
+    whole.
+    """
+    del last
+    onset, count = None, 0
+    for row, before, after in passage.walk():
+        if after.trip is not None and onset is None:
+            onset = after.trip.onset_step
+        if not isinstance(row.event, StepCommitted) or row.at < incident.opened_at:
+            continue
+        held = before.gate.order is GateOrder.HOLD or (before.mode is Mode.SHADOW and before.incident)
+        count += bool(held)
+    if onset is not None:
+        count += len(
+            {
+                row.event.step
+                for row in passage.curve
+                if isinstance(row.event, StepCommitted)
+                and row.event.step >= onset
+                and row.at <= incident.opened_at
+            }
+        )
+    return count
+
+
+# --- What was done, what to do
+
+
+def _actions(passage: Passage) -> list[Action]:
+    opened = passage.opened.at
+    actions = []
+    for act in passage.acts:
+        name = f"{ACTS.get(act.kind, act.kind)} {act.server or ''}".strip()
+        took = None if act.ended is None else act.ended - act.begun
+        actions.append(
+            Action(name=name, after_s=act.begun - opened, took_s=took, ok=act.ok, detail=act.detail)
+        )
+    return actions
+
+
+def _summary(
+    passage: Passage, incident: Incident, last: State, cost: Cost, moments: Sequence[Moment]
+) -> list[str]:
+    when = clock_time(passage.opened.wall)
+    step = "" if incident.onset_step is None else f" at step {incident.onset_step}"
+    first = next(
+        (m for m in moments if m.bad and -1.0 <= m.after_s <= 0.0 and m.plane is not Plane.STEPGUARD), None
+    )
+    began = f"At {when} UTC{step} " + (
+        f"the {first.text}"
+        if first is not None and first.kind == "exit"
+        else f"the run was held for {plain(incident.reason.value)}"
+    )
+    sentences = [began + "."]
+    if last.mode is Mode.SHADOW:
+        sentences.append("In shadow mode nothing was held and nothing repaired.")
+    else:
+        done = []
+        if incident.restarts:
+            done.append(f"{_times(incident.restarts, 'restart')} of {incident.server or 'the server'}")
+        if incident.rollbacks:
+            done.append(_times(incident.rollbacks, "rollback"))
+        pushed = sum(act.kind == "PushWeights" and bool(act.ok) for act in passage.acts)
+        if pushed:
+            done.append("the current weights pushed and proven")
+        elif incident.resyncs:
+            done.append("the current weights handed over by the trainer, and proven")
+        held = "Stepguard held the trainer before its next optimizer step"
+        sentences.append(f"{held}{': ' + ', '.join(done) if done else ', and repaired nothing'}.")
+    if incident.refused_batches:
+        sentences.append(
+            f"{_times(incident.refused_batches, 'bad batch', 'bad batches')} "
+            f"{'was' if incident.refused_batches == 1 else 'were'} refused instead of trained on."
+        )
+    garbage = cost.garbage_steps
+    sentences.append(
+        "No optimizer step was taken on garbage."
+        if not garbage
+        else f"{_times(garbage, 'optimizer step')} {'was' if garbage == 1 else 'were'} taken on garbage."
+    )
+    if incident.resumed_at is not None:
+        sentences.append(f"The trainer went on after {seconds(incident.resumed_at - incident.opened_at)}.")
+    match _stage(incident, last):
+        case "closed":
+            sentences.append("Probation was passed, and the incident is closed.")
+        case "probation":
+            sentences.append("The run is on probation: a relapse re-opens the incident.")
+        case "locked out":
+            sentences.append("No remedy is left, and the run is held until a person decides.")
+        case _:
+            sentences.append("The trainer is still held.")
+    return sentences
+
+
+# What helps once the run goes on again: find the cause, and keep it from coming back.
+_AFTERWARDS: Final[Mapping[Cause, tuple[str, ...]]] = {
+    Cause.SERVER_CRASH: (
+        "Find out why the process ended: the end of its log and the kernel's lines are below. Exit code -9 "
+        "without an error in the log is a kill from outside: the kernel's OOM killer, or a person.",
+    ),
+    Cause.SERVER_HANG: (
+        "Read the stacks below, if any: they show where the server stood. A stopped process (state T) was "
+        "stopped by somebody: a debugger, `docker pause`, a Slurm suspend.",
+    ),
+    Cause.HOST_OOM: (
+        "Lower the concurrency of rollouts or the host's caches, or raise the cgroup's limit: it will come "
+        "back at the same load.",
+    ),
+    Cause.GPU_OOM: (
+        "Lower --mem-fraction-static or the number of concurrent requests before it comes back.",
+    ),
+    Cause.KV_EXHAUSTION: ("Lower --max-running-requests or the response length, or give it more KV memory.",),
+    Cause.GPU_FAULT: ("Take the node out of the pool and read the Xid: a GPU that fell once falls again.",),
+    Cause.NETWORK: ("Check the link between trainer and server: its errors are in the trainer's log below.",),
+    Cause.STALE_WEIGHTS: (
+        "See that whoever restarts a server also hands it the trainer's weights before it answers.",
+    ),
+    Cause.REWARD_FUNCTION: ("Score a few of the stored completions by hand: the server is not at fault.",),
+    Cause.POLICY_COLLAPSE: (
+        "Go back to a checkpoint from before the onset with a lower learning rate or more KL.",
+    ),
+    Cause.NAN_WEIGHTS: ("Go back to the newest checkpoint that vets finite, and clip gradients.",),
+    Cause.DATA_FAULT: (
+        "Compare the prompts before and after the onset; `stepguard resume` accepts a change.",
+    ),
+    Cause.DISK_FULL: ("Free space, then vet the newest checkpoint: it may be cut short.",),
+    Cause.TRAINER_HANG: (
+        "Read the stacks below; a rank that waits in a collective waits for one that is not.",
+    ),
+    Cause.WATCHDOG_BLIND: (
+        "Check that the guard or the metric stream reaches the daemon: stepguard stream.",
+    ),
+}
+
+
+def _next_steps(incident: Incident, last: State, hypotheses: Sequence[Hypothesis], stage: str) -> list[str]:
+    steps = []
+    match stage:
+        case "closed":
+            steps.append("Nothing is urgent: the run goes on with proven weights.")
+        case "probation":
+            steps.append("Nothing now: the run goes on under watch.")
+        case "locked out":
+            steps.append("Decide now: remove the cause and let it go on, go back, or stop the run.")
+        case _ if last.mode is Mode.ACT:
+            steps.append("Nothing yet: Stepguard is repairing it. Watch, and decide if it locks out.")
+        case _:
+            steps.append("Repair the cause, or let Stepguard do it: this run's mode only holds and tells.")
+    likely = [one.cause for one in hypotheses if one.confidence >= 0.5] or [
+        one.cause for one in hypotheses[:1]
+    ]
+    steps += [sentence for cause in likely[:2] for sentence in _AFTERWARDS[cause]]
+    if incident.restarts and stage == "closed":
+        steps.append("If it comes back, the restart budget decides how often; after that a person is called.")
+    return steps
+
+
+def _commands(collected: Collected, incident: Incident, stage: str) -> list[tuple[str, str]]:
+    at = f" --run-dir {collected.run_dir}" if collected.run_dir else ""
+    commands = [("how it is now", f"stepguard status{at}")]
+    if stage in {"held", "locked out"}:
+        commands.append(("let it go on", f"stepguard resume{at} --why '…'"))
+        commands.append(("restart the server", f"stepguard restart-server{at}"))
+        onset = "" if incident.onset_step is None else f" --before-step {incident.onset_step}"
+        commands.append(("go back to before it", f"stepguard rollback{at}{onset}"))
+    else:
+        commands.append(("hold the run", f"stepguard pause{at} --why '…'"))
+    if incident.rollbacks and collected.checkpoint_dir:
+        commands.append(("undo the rollback", undo_command(Path(collected.checkpoint_dir))))
+    commands.append(("decide it again", "stepguard replay decisions.jsonl"))
+    return commands
+
+
+# --- The curve
+
+
+def _curve(passage: Passage, history: History | None, incident: Incident, last: State) -> Curve:
+    del last
+    refused = []
+    for row, _, after in passage.walk():
+        event = row.event
+        if (
+            isinstance(event, BatchReported)
+            and not after.gate.judged_ok
+            and row.at >= incident.opened_at - 60
+        ):
+            refused.append((event.step, event.reward, after.gate.reason))
+    held = None
+    if history is not None and history.steps:
+        committed = [
+            (row.at, row.event.step) for row in passage.curve if isinstance(row.event, StepCommitted)
+        ]
+        logged = [(row.at, row.event.step) for row in passage.curve if isinstance(row.event, RewardLogged)]
+        times = committed or logged
+        end = incident.resumed_at if incident.resumed_at is not None else passage.rows[-1].at
+        before = [step for at, step in times if at <= incident.opened_at]
+        behind = [step for at, step in times if at > end]
+        if before:
+            held = before[-1], behind[0] if behind else before[-1] + 1
+    saved = [row.event.step for row in passage.curve if isinstance(row.event, CheckpointSaved)]
+    return Curve(
+        steps=() if history is None else tuple(history.steps),
+        values=() if history is None else tuple(history.values),
+        attempts=() if history is None else tuple(history.attempts),
+        refused=tuple(refused),
+        saved=tuple(saved),
+        held=held,
+        onset=incident.onset_step,
+    )
+
+
+# --- Words
+
+
+def seconds(value: float | None) -> str:
+    """A duration for a person."""
+    if value is None:
+        return "unknown"
+    if value < 0.0995:
+        return f"{value * 1000:.0f} ms"
+    if value < 60:
+        return f"{value:.2g} s" if value < 1 else f"{value:.1f} s"
+    whole = int(value)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _times(count: int, one: str, many: str | None = None) -> str:
+    return f"{count} {one}" if count == 1 else f"{count} {many or one + 's'}"
