@@ -25,7 +25,7 @@ from . import clock, status
 from .acting import Acting
 from .config import Config
 from .control.contract import SOCKET_NAME, Verb
-from .control.requests import refuse_nonsense
+from .control.requests import incident_number, refuse_nonsense
 from .control.server import allowed_uids, serve_control
 from .core.commands import (
     Command,
@@ -380,6 +380,7 @@ class Daemon:
             server=_text(args.get("server")),
             before_step=_whole(args.get("before_step")),
             mode=_text(args.get("mode")),
+            incident=incident_number(args.get("incident")),
         )
         refuse_nonsense(self.state, request)
         self.feed(request)

@@ -156,6 +156,8 @@ def _incident(incident: Incident | None, now: float) -> dict[str, object] | None
         "resyncs": incident.resyncs,
         "rollbacks": incident.rollbacks,
         "refused_batches": incident.refused_batches,
+        "evidence": list(incident.evidence),
+        "known_to": incident.known_to,
         "stage": "held" if resumed is None else ("probation" if closed is None else "closed"),
         "actions": list(incident.actions),
     }

@@ -27,6 +27,32 @@ def refuse_nonsense(state: State, request: OperatorAsked) -> None:
         if state.rollback is not None:
             raise Refused("a rollback is under way already")
     elif request.verb == "ack":
-        raise Refused("there is nobody to tell yet: alerts are not part of this version")
+        _refuse_ack(state, request)
     elif request.verb == "mode" and request.mode not in {mode.value for mode in Mode}:
         raise Refused(f"no mode {request.mode!r}; there is shadow, hold and act")
+
+
+def incident_number(given: object) -> int | None:
+    """
+    The incident that a request names, as people write it: 3, "3" or "#3".
+
+    Raises:
+        Refused: it is no number.
+
+    """
+    if given is None:
+        return None
+    digits = str(given).removeprefix("#")
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= 9):
+        raise Refused(f"no incident {str(given)[:20]!r}; it is a number, as `stepguard status` shows it")
+    return int(digits)
+
+
+def _refuse_ack(state: State, request: OperatorAsked) -> None:
+    incident = state.incident
+    if incident is None:
+        raise Refused("no incident is open: there is nothing to acknowledge")
+    if request.incident is not None and request.incident != incident.number:
+        raise Refused(f"incident {request.incident} is not open; the open one is {incident.number}")
+    if not request.why:
+        raise Refused("say why: the next person on call reads it")

@@ -9,6 +9,7 @@ intent may be carried out again after a crash of the daemon.
 
 from dataclasses import dataclass
 
+from .alerts.facts import About
 from .events import Proc
 from .state import Gate
 
@@ -73,12 +74,17 @@ class PrepareRollback:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Notify:
-    """Tell people, and keep it in the incident's record."""
+    """
+    Tell people, and keep it in the incident's record.
+
+    `about` is the run beside it; None in journals of versions without alerts.
+    """
 
     incident: int | None
     what: str
     reason: str
     text: str
+    about: About | None = None
 
 
 Effect = ContinueServer | StopServer | StartServer | RunCanary | PushWeights | PrepareRollback

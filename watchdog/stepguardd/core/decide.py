@@ -63,7 +63,7 @@ def decide(state: State, event: Event, now: float) -> tuple[State, tuple[Command
         InvariantError: a bug of the core; the daemon ends, and holds whatever it held.
 
     """
-    turn = Turn(state, now)
+    turn = Turn(state, event, now)
     _take_in(turn, event)
     batches.settle_trip(turn)
     holding.settle(turn)

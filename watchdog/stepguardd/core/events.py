@@ -192,6 +192,7 @@ class OperatorAsked:
     server: str | None = None
     before_step: int | None = None
     mode: str | None = None
+    incident: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ All of it is worked out of the state after each event; nothing here is asked for
 
 from dataclasses import replace
 
+from .alerts.facts import evidence
 from .breaker import Phase, Trigger, move
 from .commands import PublishGate
 from .events import (
@@ -191,7 +192,14 @@ def _open_incident(turn: Turn, reason: Reason) -> None:
     down = next((server.name for server in state.servers if not server.usable), None)
     step = state.trainer.step if state.trip is None else state.trip.onset_step
     number = state.incidents + 1
-    incident = Incident(number=number, reason=reason, server=down, onset_step=step, opened_at=turn.now)
+    incident = Incident(
+        number=number,
+        reason=reason,
+        server=down,
+        onset_step=step,
+        opened_at=turn.now,
+        evidence=evidence(state, reason, turn.event, turn.now),
+    )
     turn.state = replace(state, incident=incident, incidents=number)
     turn.note("opened", reason, f"held: {reason.value}" + ("" if step is None else f" at step {step}"))
 

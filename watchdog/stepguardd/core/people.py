@@ -39,6 +39,10 @@ def asked(turn: Turn, event: OperatorAsked) -> None:
                     turn.note("person", Reason.OPERATOR_RESTART, f"restart of {server.name} asked by {by}")
                     refilled = replace(server, repair=None, budget=budget.Budget())
                     recovery.restart(turn, refilled, Reason.OPERATOR_RESTART)
+        case "ack":
+            if state.incident is not None:
+                turn.state = replace(state, incident=replace(state.incident, known_to=by))
+                turn.note("acked", Reason.OPERATOR_ACK, f"known to {by}: silent until it ends or gets worse")
         case "mode":
             known = {mode.value: mode for mode in Mode}
             if event.mode in known:

@@ -101,6 +101,7 @@ class Reason(StrEnum):
     OPERATOR_ROLLBACK = "operator_rollback"
     OPERATOR_RESTART = "operator_restart"
     OPERATOR_MODE = "operator_mode"
+    OPERATOR_ACK = "operator_ack"
     UNKNOWN_VERB = "unknown_verb"
     RECONCILING = "reconciling"
     """The daemon came back to a held gate and looks at every server before it lets go."""

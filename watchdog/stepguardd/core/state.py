@@ -266,7 +266,11 @@ class Rollback:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Incident:
-    """What is told to people about one trouble, from the first hold to the end of its probation."""
+    """
+    What is told to people about one trouble, from the first hold to the end of its probation.
+
+    `evidence` is what spoke for it when it opened; `known_to` is the person who said that they know.
+    """
 
     number: int
     reason: Reason
@@ -279,6 +283,8 @@ class Incident:
     resyncs: int = 0
     rollbacks: int = 0
     refused_batches: int = 0
+    evidence: tuple[str, ...] = ()
+    known_to: str | None = None
     actions: tuple[str, ...] = ()
 
 

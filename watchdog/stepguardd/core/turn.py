@@ -7,7 +7,9 @@ It lives for one call and is seen by nobody outside, so `decide` stays a functio
 from collections import Counter
 from dataclasses import replace
 
+from .alerts.facts import about
 from .commands import Command, Notify
+from .events import Event
 from .reasons import Reason
 from .state import ACTIONS_KEPT, Incident, Mode, Server, State
 
@@ -15,10 +17,11 @@ from .state import ACTIONS_KEPT, Incident, Mode, Server, State
 class Turn:
     """The next state and its commands, while they are being worked out."""
 
-    __slots__ = ("_counts", "_notes", "closed", "commands", "now", "state")
+    __slots__ = ("_counts", "_notes", "closed", "commands", "event", "now", "state")
 
-    def __init__(self, state: State, now: float) -> None:
+    def __init__(self, state: State, event: Event, now: float) -> None:
         self.state = state
+        self.event = event
         self.now = now
         self.commands: list[Command] = []
         self.closed = False
@@ -65,10 +68,14 @@ class Turn:
             number = None if incident is None else incident.number
             # Told from its beginning, though its first remedy was decided before it had a name.
             notes = sorted(self._notes, key=lambda note: note[0] != "opened")
-            for what, reason, text in notes:
-                self.commands.append(Notify(incident=number, what=what, reason=reason.value, text=text))
             if incident is not None:
-                self._keep(self._told(incident, tuple(text for _, _, text in notes)))
+                incident = self._told(incident, tuple(text for _, _, text in notes))
+                self._keep(incident)
+            facts = about(self.state, incident, self.now) if notes else None
+            for what, reason, text in notes:
+                self.commands.append(
+                    Notify(incident=number, what=what, reason=reason.value, text=text, about=facts)
+                )
         return self.state, tuple(self.commands)
 
     def _told(self, incident: Incident, texts: tuple[str, ...]) -> Incident:
