@@ -440,3 +440,22 @@ def test_aborted_is_public_and_what_a_failed_rollout_becomes(guards: Guards) -> 
 
     outcomes = asyncio.run(guards(None).gather([fail()]))
     assert isinstance(outcomes[0], Aborted)
+
+
+def test_rollouts_wait_for_the_gate_and_say_since_when_they_ran(
+    daemon: VirtualDaemon, time: VirtualTime, guards: Callable[..., Guard]
+) -> None:
+    guard = guards()
+    daemon.order(Order.HOLD, "server_dead")
+    time.after(30, lambda: daemon.order(Order.GO))
+    asked_s = time.ns / 1e9
+    with guard.rollouts(1):
+        began_s = time.ns / 1e9
+        trainer = daemon.page.trainer()
+        assert trainer is not None
+        assert (trainer.phase, trainer.step) == (Phase.ROLLOUT, 1)
+        time.sleep(7)
+    assert began_s >= asked_s + 30
+    guard.admit(1, ["a"])
+    (batch,) = daemon.of_kind("batch")
+    assert batch["began"] == pytest.approx(began_s)

@@ -184,6 +184,33 @@ class Guard:
             if self._gathers == 0:
                 self._presence.enter(Phase.REWARD)
 
+    @contextlib.contextmanager
+    def rollouts(self, step: int) -> Iterator[None]:
+        """
+        Around the rollouts of a batch that `gather` does not await; while HOLD, waits before they start.
+
+        Collective where ranks decide together: every rank rolls out.
+
+        Args:
+            step: the step that the batch is for.
+
+        Raises:
+            StopRequested: ordered; the body did not run.
+            RollbackRequested: ordered; the body did not run.
+
+        """
+        self._presence.at(step)
+        self._drive(self._obedience.orders(collective=True))
+        began_s = self._clock_ns() / 1e9
+        self._presence.progressed()
+        self._presence.enter(Phase.ROLLOUT)
+        try:
+            yield
+        finally:
+            self._began_s = began_s if self._began_s is None else min(began_s, self._began_s)
+            self._presence.progressed()
+            self._presence.enter(Phase.REWARD)
+
     def admit(
         self,
         step: int,
