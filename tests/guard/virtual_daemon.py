@@ -127,13 +127,14 @@ class VirtualDaemon:
                 order = Order.GO if reason is None else Order.HOLD
                 if reason is None and self.half.order is not Order.GO:
                     order = self.half.order
-                more = {
+                more: dict[str, Any] = {
                     "judged_batch": report["batch"],
                     "judged_step": report["step"],
                     "judged_ok": reason is None,
                 }
                 if order is self.half.order and reason is None:
                     self.generation -= 1  # a verdict is no new order
+                    more |= {"target_step": self.half.target_step, "target_path": self.half.target_path}
                 self.order(order, reason or self.half.reason, **more)
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
