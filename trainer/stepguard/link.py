@@ -56,6 +56,7 @@ class Link:
         run_dir: where page and socket are; None is no link at all.
         log: where troubles are said.
         boot_id: 16 bytes, for tests; the kernel's by default.
+        writable: False: read orders alone, show nothing and report nothing.
 
     Attributes:
         words: the page's words to read; zeros without a page.
@@ -63,12 +64,20 @@ class Link:
 
     """
 
-    def __init__(self, run_dir: Path | None, *, log: OnceLog, boot_id: bytes | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path | None,
+        *,
+        log: OnceLog,
+        boot_id: bytes | None = None,
+        writable: bool = True,
+    ) -> None:
         self._path = None if run_dir is None else run_dir / PAGE_NAME
         self._log = log
         self._boot_id = boot_id
+        self._writable = writable
         self._page: GatePage | None = None
-        self._sender = None if run_dir is None else ReportSender(run_dir / SOCKET_NAME)
+        self._sender = None if run_dir is None or not writable else ReportSender(run_dir / SOCKET_NAME)
         self._dropped = 0
         self._nowhere = [0] * (PAGE_BYTES // 8)
         self.words: memoryview | list[int] = self._nowhere
@@ -142,7 +151,9 @@ class Link:
             self._sender = None
 
     def _opened(self, path: Path) -> GatePage:
-        """The page, to be written if that can be had, else to be read: orders count either way."""
+        """The page, to be written if that is wanted and can be had, else to be read: orders count alike."""
+        if not self._writable:
+            return GatePage.open(path, writable=False, boot_id=self._boot_id)
         try:
             return GatePage.open(path, boot_id=self._boot_id)
         except Unreachable as error:
