@@ -10,6 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 FAULT ?= kill
+# Tests at a time: many of them start a trainer and a server of their own.
+TESTS ?= 2
 # pip prefers the "+cpu" build where the index in use offers one.
 TORCH ?= torch==2.13.0
 
@@ -34,7 +36,7 @@ demo: $(VENV)/.installed
 	$(BIN)/stepguard demo --fault $(FAULT) --compare
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TESTS) --dist loadgroup
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
