@@ -124,6 +124,7 @@ class SmallRun:
             | {"run_dir": str(self.run_dir), "state_dir": str(self.state_dir)},
             "probe": {"interval_s": 0.5},
             "recovery": {"restart_budget": 50, "backoff_first_s": 0.01, "backoff_max_s": 0.01},
+            "web": {"listen": "127.0.0.1:0"},
             "weights": {"sync": "disk"} | ({"path": f"{self.weights}/{{version}}"} if push else {}),
             "server": {"url": self.url, "command": ["bash", "-c", note], "stop_timeout_s": 5} | extra,
         }

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stepguardd.chronicle.chronicle import Chronicle
 from stepguardd.control.contract import SOCKET_NAME, Refused
 from stepguardd.control.server import allowed_uids, serve_control
+from stepguardd.web.reading import CheckpointDict
 
 WELL: dict[str, Any] = {
     "run": "math",
@@ -35,6 +37,15 @@ class FakeDaemon:
     state: Mapping[str, Any] = field(default_factory=lambda: WELL)
     refusal: str | None = None
     asked: list[tuple[str, str, str, dict[str, Any]]] = field(default_factory=list)
+    chronicle: Chronicle = field(default_factory=Chronicle)
+    saved: list[CheckpointDict] = field(default_factory=list)
+    quiet: float = 0.1
+
+    def checkpoints(self) -> list[CheckpointDict]:
+        return self.saved
+
+    def quiet_s(self) -> float:
+        return self.quiet
 
     def status(self) -> Mapping[str, Any]:
         return self.state

@@ -205,7 +205,7 @@ def test_reading_changes_nothing_and_unknown_paths_say_so(tmp_path: Path) -> Non
         ]:
             got, answer = raw(path, f"{request} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
             assert (got, request.split()[1] in answer["error"]) == (code, True)
-        assert raw(path, b"GET /healthz HTTP/1.0\r\n\r\n") == (200, {"ok": True})
+        assert raw(path, b"GET /healthz HTTP/1.0\r\n\r\n") == (200, {"ok": True, "decided_s_ago": 0.1})
     assert daemon.asked == []
 
 

@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Final
@@ -23,6 +23,7 @@ from stepguard.settings import GuardSettings
 
 from . import clock, status
 from .acting import Acting
+from .chronicle.chronicle import Chronicle
 from .config import Config
 from .control.contract import SOCKET_NAME, Verb
 from .control.requests import incident_number, refuse_nonsense
@@ -47,6 +48,8 @@ from .settings import core_settings
 from .sources.stream import RewardStream
 from .sources.trainer import ReportSocket, TrainerPage
 from .watching import WatchedServer, identity
+from .web.reading import CheckpointDict
+from .web.server import PageServer
 
 log = logging.getLogger("stepguardd")
 
@@ -80,6 +83,7 @@ class Daemon:
         self._mode_changed = False
         self._taken_up = False
         self._stop = asyncio.Event()
+        self.chronicle = Chronicle()
         self._manager = Notifier.from_env()
         self.gate: GateWriter
         self.journal: Journal
@@ -89,6 +93,8 @@ class Daemon:
         self._stream: RewardStream | None = None
         self._servers: dict[str, WatchedServer] = {}
         self._recorder = IncidentRecorder(config, self._servers)
+        self._decided_at = self.started_at
+        self._web: PageServer
         self._acting = Acting(config, self._servers, self.feed, lambda: self.state)
 
     # ---- life ---------------------------------------------------------------------------------------
@@ -143,6 +149,7 @@ class Daemon:
         try:
             self.journal = Journal(run.state_dir / "journal.db", boot_id=clock.boot_id())
             restored = self.journal.restore()
+            self.journal.restore_chronicle(self.chronicle)
             self.state = self._fitted(restored)
             if restored.state is None:
                 self._refuse_strangers()
@@ -157,6 +164,7 @@ class Daemon:
                 f"{error.filename or run.run_dir}: {error.strerror or error}; is run.run_dir ours, and short?"
             ) from error
         self.journal.start()
+        self._web = PageServer(self.config.web, run.state_dir)
         self._page = TrainerPage(self.gate.page, self.feed)
         self._stream = RewardStream.of(self.config, self.state.stream_position, self.feed)
         for index, settings in enumerate(self.config.servers):
@@ -288,7 +296,7 @@ class Daemon:
 
     def _decide(self, event: Event) -> None:
         now = clock.monotonic()
-        before = self.state
+        before, self._decided_at = self.state, now
         self.state, commands = decide(before, event, now)
         for command in commands:
             if isinstance(command, PublishGate):
@@ -296,8 +304,10 @@ class Daemon:
                 failpoint(f"gate_{command.gate.order.value}")
         if self.state is before and not commands and not isinstance(event, EffectEnded):
             return  # nothing came of it; but that an effect has ended is always worth a row
+        wall = clock.wall()
+        entry = self.chronicle.take_in(event, before, self.state, commands, now=now, wall=wall)
         durable = self.journal.record(
-            at=now, wall=clock.wall(), event=event, commands=commands, state=self.state
+            at=now, wall=wall, event=event, commands=commands, state=self.state, entry=entry
         )
         for command in commands:
             self._carry_out(command, durable)
@@ -347,12 +357,25 @@ class Daemon:
     # ---- people --------------------------------------------------------------------------------------
 
     async def _control(self) -> None:
+        self.chronicle.restore_curve(await asyncio.to_thread(self.journal.read_curve))
         uids = allowed_uids(self.config.control.allowed_uids)
-        await serve_control(self, self.config.run.run_dir / SOCKET_NAME, uids=uids)
+        path = self.config.run.run_dir / SOCKET_NAME
+        await serve_control(self, path, uids=uids, page=self._web.serve, keys=self._web.keys)
+
+    def checkpoints(self) -> Sequence[CheckpointDict]:
+        """What the trainer reported as saved."""
+        return [
+            {"step": one.step, "attempt": one.attempt, "path": one.path, "verdict": "unknown", "proven": None}
+            for one in self.state.checkpoints
+        ]
+
+    def quiet_s(self) -> float:
+        """Since the last decision; a tick is one."""
+        return clock.monotonic() - self._decided_at
 
     def status(self) -> Mapping[str, object]:
         """What `stepguard status` shows."""
-        return status.of(
+        found = status.of(
             self.state,
             run=self.config.run.name,
             state_dir=str(self.config.run.state_dir),
@@ -364,6 +387,7 @@ class Daemon:
             lost_rows=self.journal.lost_rows,
             journal_failure=self.journal.failure,
         )
+        return {**found, "page": self._web.facts()}
 
     async def ask(self, verb: Verb, who: str, why: str, args: Mapping[str, object]) -> Mapping[str, object]:
         """

@@ -21,6 +21,8 @@ from typing import Any, Final
 
 from pydantic import TypeAdapter
 
+from .chronicle.chronicle import EPISODES_KEPT, NOTICES_KEPT, Chronicle, Entry, Episode, Notice
+from .chronicle.curve import POINTS_MAX, Curve, Point
 from .core import commands, events
 from .core.commands import Command, Effect, Notify
 from .core.events import EffectEnded, Event
@@ -48,6 +50,13 @@ CREATE TABLE notices (
 INSERT INTO meta VALUES ('version', '1');
 """
 
+# What people look at; made where it is absent, since a decision never depends on it.
+_CHRONICLE: Final = """
+CREATE TABLE IF NOT EXISTS points (
+  id INTEGER PRIMARY KEY, attempt INTEGER NOT NULL, step INTEGER NOT NULL, wall REAL NOT NULL, reward REAL);
+CREATE TABLE IF NOT EXISTS episodes (number INTEGER PRIMARY KEY, body TEXT NOT NULL);
+"""
+
 _EVENTS: Final[dict[str, TypeAdapter[Any]]] = {
     kind.__name__: TypeAdapter(kind) for kind in events.Event.__args__
 }
@@ -56,6 +65,7 @@ _COMMANDS: Final[dict[str, TypeAdapter[Any]]] = {
     for kind in (commands.PublishGate, commands.Notify, *commands.Effect.__args__)
 }
 _STATE: Final[TypeAdapter[State]] = TypeAdapter(State)
+_EPISODE: Final[TypeAdapter[Episode]] = TypeAdapter(Episode)
 
 
 class JournalError(Exception):
@@ -96,6 +106,7 @@ class _Row:
     event: Event
     commands: tuple[Command, ...]
     state: State | None
+    entry: Entry | None = None
     durable: "asyncio.Future[None] | None"
 
 
@@ -177,6 +188,7 @@ class Journal:
         self._gap = False
         self._failed: str | None = None
         self._pruned = 0
+        self._last_point = 0
         try:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
         except sqlite3.Error as error:
@@ -211,6 +223,7 @@ class Journal:
                 f"{self.path}: written by a newer version (layout {version}, this one reads up to "
                 f"{VERSION}); install that version, or move the file aside"
             )
+        db.executescript(f"BEGIN;{_CHRONICLE}COMMIT;")
 
     def restore(self) -> Restored:
         """What was known and what was under way when the last daemon of this run ended."""
@@ -264,12 +277,56 @@ class Journal:
             )
             yield Recorded(seq=seq, at=at, wall=wall, event=decode_event(kind, body), commands=decided)
 
+    def restore_chronicle(self, chronicle: Chronicle) -> None:
+        """Bring back the incidents and what was told. Only before `start`; an unreadable row is left out."""
+        episodes = self._db.execute(
+            "SELECT body FROM episodes ORDER BY number DESC LIMIT ?", (EPISODES_KEPT,)
+        )
+        found = []
+        for (body,) in reversed(episodes.fetchall()):
+            with contextlib.suppress(ValueError):
+                found.append(_EPISODE.validate_json(body))
+        notices = self._db.execute(
+            "SELECT id, wall, incident, what, reason, text FROM notices ORDER BY id DESC LIMIT ?",
+            (NOTICES_KEPT,),
+        )
+        keys = ("id", "wall", "incident", "what", "reason", "text")
+        told = [Notice(**dict(zip(keys, row, strict=True))) for row in reversed(notices.fetchall())]
+        self._last_point = self._db.execute("SELECT coalesce(max(id), 0) FROM points").fetchone()[0]
+        chronicle.restore(found, told)
+
+    def read_curve(self) -> Curve:
+        """
+        The points of earlier daemons; none where they cannot be read.
+
+        Beside the writer, on a connection of its own: a long curve is for a thread of the caller's.
+        """
+        curve = Curve()
+        with (
+            contextlib.suppress(sqlite3.Error),
+            contextlib.closing(sqlite3.connect(f"file:{self.path}?mode=ro", uri=True, timeout=2.0)) as db,
+        ):
+            rows = db.execute(
+                "SELECT attempt, step, wall, reward FROM points WHERE id <= ? ORDER BY id",
+                (self._last_point,),
+            )
+            for attempt, step, wall, reward in rows:
+                curve.append(Point(attempt=attempt, step=step, wall=wall, reward=reward))
+        return curve
+
     def start(self) -> None:
         """Begin to write."""
         self._thread.start()
 
     def record(
-        self, *, at: float, wall: float, event: Event, commands: tuple[Command, ...], state: State
+        self,
+        *,
+        at: float,
+        wall: float,
+        event: Event,
+        commands: tuple[Command, ...],
+        state: State,
+        entry: Entry | None = None,
     ) -> "asyncio.Future[None] | None":
         """
         Hand one decision to the writer.
@@ -291,6 +348,7 @@ class Journal:
             event=event,
             commands=commands,
             state=state if snapshot else None,
+            entry=entry,
             durable=durable,
         )
         try:
@@ -390,6 +448,8 @@ class Journal:
         if row.state is not None:
             db.execute("INSERT INTO snapshots VALUES (?, ?)", (seq, encode_state(row.state)))
             db.execute("DELETE FROM snapshots WHERE seq <= ?", (seq - 20 * SNAPSHOT_EVERY,))
+        if row.entry is not None:
+            self._insert_entry(row.entry)
         if isinstance(event, EffectEnded):
             db.execute(
                 "UPDATE intents SET ended = ?, ok = ?, detail = ? WHERE intent = ?",
@@ -407,6 +467,17 @@ class Journal:
                     (command.intent, seq, type(command).__name__, encode_command(command), row.at),
                 )
 
+    def _insert_entry(self, entry: Entry) -> None:
+        point, episode = entry.point, entry.episode
+        if point is not None:
+            self._db.execute(
+                "INSERT INTO points (attempt, step, wall, reward) VALUES (?, ?, ?, ?)",
+                (point.attempt, point.step, point.wall, point.reward),
+            )
+        if episode is not None:
+            body = _json(_EPISODE.dump_python(episode, mode="json"))
+            self._db.execute("INSERT OR REPLACE INTO episodes VALUES (?, ?)", (episode.number, body))
+
     def _prune(self, seq: int) -> None:
         """Forget what is too old, now and then; an intent that is under way is never too old."""
         if seq - self._pruned < SNAPSHOT_EVERY:
@@ -415,6 +486,7 @@ class Journal:
         last = (seq - EVENTS_KEPT,)
         self._db.execute("DELETE FROM events WHERE seq <= ?", last)
         self._db.execute("DELETE FROM notices WHERE seq <= ?", last)
+        self._db.execute("DELETE FROM points WHERE id <= (SELECT max(id) FROM points) - ?", (POINTS_MAX,))
         self._db.execute("DELETE FROM intents WHERE seq <= ? AND ended IS NOT NULL", last)
 
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "resume": "Let a held run go on.",
     "rollback": "Go back to a checkpoint from before the trouble.",
     "restart-server": "Restart an inference server; renew its weights.",
+    "open": "A link that opens the run's page.",
     "demo": "A real training run with a real fault, protected.",
     "config": "Check, show and explain the configuration.",
     "checkpoints": "List, vet and choose checkpoints.",

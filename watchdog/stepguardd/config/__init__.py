@@ -13,6 +13,7 @@ from stepguardd.config.settings import (
     RunSettings,
     ServerSettings,
     StreamSettings,
+    WebSettings,
     WeightsSettings,
     warnings,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "RunSettings",
     "ServerSettings",
     "StreamSettings",
+    "WebSettings",
     "WeightsSettings",
     "load_config",
     "read_config",

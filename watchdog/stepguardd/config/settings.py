@@ -9,6 +9,7 @@ Nothing here reads a file: see `loading`.
 import os
 import shutil
 from collections.abc import Mapping
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
@@ -480,6 +481,79 @@ class ControlSettings(Section):
     )
 
 
+class WebSettings(Section):
+    """
+    The page, and the same API over TCP: for a browser on this machine, or through `ssh -L`.
+
+    To change anything takes the run's token or the one-time link of `stepguard open`.
+    """
+
+    enabled: bool = Field(
+        default=True, description="Whether there is a page. The control socket is always there."
+    )
+    listen: str = Field(
+        default="127.0.0.1:8722",
+        description="Address and port; port 0 takes a free one. Beyond this machine only with `tls_cert` and "
+        "`tls_key`, and then reading needs the token as well.",
+    )
+    tls_cert: LocalPath | None = Field(
+        default=None,
+        description="The certificate, with its chain, as PEM.",
+        examples=["/etc/ssl/stepguard.pem"],
+    )
+    tls_key: LocalPath | None = Field(
+        default=None, description="The certificate's key, as PEM.", examples=["/etc/ssl/stepguard.key"]
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        default=(),
+        description="Names beside localhost and the address itself under which a browser may call the page.",
+        examples=[["node7.cluster.example"]],
+    )
+    token_file: LocalPath | None = Field(
+        default=None,
+        description="The token, for scripts. By default <state_dir>/web.token, made at the first start. Only "
+        "its owner may read it.",
+        examples=["/var/lib/stepguard/run/web.token"],
+    )
+
+    @field_validator("listen")
+    @classmethod
+    def _is_an_address(cls, listen: str) -> str:
+        split_listen(listen)
+        return listen
+
+    @model_validator(mode="after")
+    def _not_beyond_this_machine_in_the_clear(self) -> Self:
+        host, _ = split_listen(self.listen)
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise PydanticCustomError("value_error", "tls_cert and tls_key belong together: set both")
+        if not host.is_loopback and self.tls_cert is None:
+            raise PydanticCustomError(
+                "value_error",
+                "listen is beyond this machine: set tls_cert and tls_key, or use 127.0.0.1 and ssh -L",
+            )
+        return self
+
+
+def split_listen(listen: str) -> tuple[IPv4Address | IPv6Address, int]:
+    """
+    Address and port of `web.listen`.
+
+    Raises:
+        PydanticCustomError: it is not an address with a port.
+
+    """
+    host, _, port = listen.rpartition(":")
+    try:
+        address = ip_address("127.0.0.1" if host == "localhost" else host.strip("[]"))
+        number = int(port)
+    except ValueError:
+        number, address = -1, ip_address("127.0.0.1")
+    if not 0 <= number <= 65535:
+        raise PydanticCustomError("value_error", 'must be an address and a port, like "127.0.0.1:8722"')
+    return address, number
+
+
 class Config(Section):
     """The whole configuration of one run's daemon."""
 
@@ -494,6 +568,7 @@ class Config(Section):
     checkpoints: CheckpointSettings = Field(default_factory=CheckpointSettings)
     reports: ReportSettings = Field(default_factory=ReportSettings)
     control: ControlSettings = Field(default_factory=ControlSettings)
+    web: WebSettings = Field(default_factory=WebSettings)
 
     @field_validator("servers")
     @classmethod

@@ -78,6 +78,17 @@ class ControlClient:
         """
         return self._call("POST", verb, {"why": why, **(args or {})}, 3 * self._timeout_s)
 
+    def link(self) -> dict[str, Any]:
+        """
+        A link that opens the run's page once: its `url`, and in how many seconds it is void.
+
+        Raises:
+            Refused: there is no page; the message says why.
+            NoDaemonError, ControlError
+
+        """
+        return self._call("POST", "link", {}, self._timeout_s)
+
     def _call(
         self, method: str, what: str, body: Mapping[str, object] | None, limit_s: float
     ) -> dict[str, Any]:

@@ -1,7 +1,11 @@
 """What can be asked of a running daemon and what it answers. Both ends of the control socket share this."""
 
-from collections.abc import Mapping
-from typing import Literal, Protocol, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, Protocol, TypedDict
+
+if TYPE_CHECKING:
+    from stepguardd.chronicle.chronicle import Chronicle
+    from stepguardd.web.reading import CheckpointDict
 
 SOCKET_NAME = "control.sock"
 REPLY_BYTES_MAX = 1 << 20
@@ -16,6 +20,19 @@ class Refused(Exception):  # noqa: N818 - a refusal is an answer, not a fault
 
 class Daemon(Protocol):
     """The daemon as the control API sees it."""
+
+    @property
+    def chronicle(self) -> "Chronicle":
+        """What the run has been through."""
+        ...
+
+    def checkpoints(self) -> "Sequence[CheckpointDict]":
+        """The checkpoints that are known, in ascending order of attempt and step."""
+        ...
+
+    def quiet_s(self) -> float:
+        """Since the decision loop decided last."""
+        ...
 
     def status(self) -> Mapping[str, object]:
         """How the run is now, as a `StatusDict`. Cheap; called from the daemon's loop at any time."""
@@ -102,6 +119,13 @@ class BudgetDict(TypedDict, total=False):
     restarts_left: int | None
 
 
+class PageDict(TypedDict, total=False):
+    """Where the page is, or why there is none."""
+
+    url: str | None
+    failure: str | None
+
+
 class StatusDict(TypedDict, total=False):
     """The answer to GET /api/v1/status. A reader must do without any key: daemons have versions."""
 
@@ -120,3 +144,4 @@ class StatusDict(TypedDict, total=False):
     warnings: list[str]
     version: str
     uptime_s: float
+    page: PageDict

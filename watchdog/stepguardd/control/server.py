@@ -10,9 +10,9 @@ import contextlib
 import os
 import socket
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stepguardd.control.contract import Daemon
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import uvicorn
 
     from stepguardd.control.api import Application, Receive, Scope, Send
+    from stepguardd.web.keys import Keys
+    from stepguardd.web.live import Live
 
 BACKLOG = 64
 CONNECTIONS_MAX = 64
@@ -61,7 +63,14 @@ def listen(path: Path) -> socket.socket:
     return listener
 
 
-async def serve_control(daemon: Daemon, path: Path, *, uids: frozenset[int]) -> None:
+async def serve_control(
+    daemon: Daemon,
+    path: Path,
+    *,
+    uids: frozenset[int],
+    page: "Callable[[Application], Coroutine[Any, Any, None]] | None" = None,
+    keys: "Keys | None" = None,
+) -> None:
     """
     Listen, and serve the control API of this daemon until cancelled.
 
@@ -69,6 +78,8 @@ async def serve_control(daemon: Daemon, path: Path, *, uids: frozenset[int]) -> 
         daemon: Whom the wishes go to.
         path: Where to listen; must not be served already.
         uids: Who may call, see `allowed_uids`.
+        page: Serves the same application to browsers, beside the socket, until it is cancelled.
+        keys: What opens the page.
 
     Raises:
         ControlSocketError: the socket cannot be had.
@@ -77,8 +88,15 @@ async def serve_control(daemon: Daemon, path: Path, *, uids: frozenset[int]) -> 
     listener = listen(path)
     ours = path.stat().st_ino
     try:
-        app = await asyncio.to_thread(_make_app, daemon)
-        await serve(app, listener, uids=uids)
+        app, live = await asyncio.to_thread(_make_app, daemon, keys)
+        async with asyncio.TaskGroup() as group:
+            beside = None if page is None else group.create_task(page(app))
+            try:
+                await serve(app, listener, uids=uids, live=live)
+            finally:
+                live.end()
+                if beside is not None:
+                    beside.cancel()
     finally:
         listener.close()
         with contextlib.suppress(FileNotFoundError):
@@ -86,23 +104,46 @@ async def serve_control(daemon: Daemon, path: Path, *, uids: frozenset[int]) -> 
                 path.unlink()
 
 
-async def serve(app: "Application", listener: socket.socket, *, uids: frozenset[int]) -> None:
-    """Serve an application on this socket until cancelled; then finish running answers, a second at most."""
-    server = await asyncio.to_thread(_make_server, app, uids)
+async def serve(
+    app: "Application",
+    listener: socket.socket,
+    *,
+    uids: frozenset[int] | None,
+    live: "Live | None" = None,
+    tls: tuple[Path, Path] | None = None,
+) -> None:
+    """
+    Serve an application on this socket until cancelled; then finish running answers, a second at most.
+
+    Args:
+        app: what answers.
+        listener: where; listening already.
+        uids: on a Unix socket, who may call; None on TCP, where the application checks by itself.
+        live: streams to end first, since they have no end of their own.
+        tls: certificate and key.
+
+    """
+    server = await asyncio.to_thread(_make_server, app, uids, tls)
     try:
         await server.serve(sockets=[listener])
     finally:
+        if live is not None:
+            live.end()
         if server.started:
             await asyncio.wait_for(server.shutdown(), 2 * CLOSE_TIMEOUT_S)
 
 
-def _make_app(daemon: Daemon) -> "Application":
+def _make_app(daemon: Daemon, keys: "Keys | None") -> "tuple[Application, Live]":
     from stepguardd.control.api import create_app  # noqa: PLC0415 - half a second of imports, off the loop
+    from stepguardd.web.live import Live  # noqa: PLC0415
 
-    return create_app(daemon)
+    live = Live(daemon)
+    return create_app(daemon, keys, live), live
 
 
-def _make_server(app: "Application", uids: frozenset[int]) -> "uvicorn.Server":
+def _make_server(
+    app: "Application", uids: frozenset[int] | None, tls: tuple[Path, Path] | None
+) -> "uvicorn.Server":
     import uvicorn  # noqa: PLC0415 - as above
     from uvicorn.protocols.http.h11_impl import H11Protocol  # noqa: PLC0415
 
@@ -111,8 +152,9 @@ def _make_server(app: "Application", uids: frozenset[int]) -> "uvicorn.Server":
 
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)  # type: ignore[arg-type]
-            pid, uid, _gid = _peer(transport.get_extra_info("socket"))
-            self.app = _vouched(app, uid, pid) if uid in uids else _refuse(uid)
+            if uids is not None:
+                pid, uid, _gid = _peer(transport.get_extra_info("socket"))
+                self.app = _vouched(app, uid, pid) if uid in uids else _refuse(uid)
 
     class Server(uvicorn.Server):
         """Without signal handlers, and without the ten wake-ups a second that look for their marks."""
@@ -125,6 +167,7 @@ def _make_server(app: "Application", uids: frozenset[int]) -> "uvicorn.Server":
             await self.on_tick(0)
             await asyncio.get_running_loop().create_future()
 
+    certificate, key = tls if tls is not None else (None, None)
     return Server(
         uvicorn.Config(
             app,
@@ -136,9 +179,12 @@ def _make_server(app: "Application", uids: frozenset[int]) -> "uvicorn.Server":
             access_log=False,
             server_header=False,
             date_header=False,
+            proxy_headers=False,
             limit_concurrency=CONNECTIONS_MAX,
             timeout_keep_alive=5,
             timeout_graceful_shutdown=int(CLOSE_TIMEOUT_S),
+            ssl_certfile=certificate,
+            ssl_keyfile=key,
         )
     )
 

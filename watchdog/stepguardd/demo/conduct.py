@@ -249,6 +249,7 @@ class Arena:
             lines.append(f"start_timeout_s = {self._program.start_timeout_s}")
         lines += ["[checkpoints]", f"dir = {json.dumps(str(self.run_root / 'checkpoints'))}"]
         lines += ["[stream]", f"wandb_dir = {json.dumps(str(self.run_root / 'wandb'))}"]
+        lines += ["[web]", 'listen = "127.0.0.1:0"']
         lines += ["[weights]"]
         if self._scenario.weight_sync != "disk":
             # Only the trainer can give a restarted server its weights.
