@@ -4,6 +4,7 @@ import gc
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from rich.markup import escape
 from stepguardd.cli.output import console, fail, print_json, say
 from stepguardd.core.reward import RewardConfig
 from stepguardd.history import HistoryError, read_history
+from stepguardd.incidents.folders import is_decision_log
 from stepguardd.oneline import one_line
 from stepguardd.replay import Replayed, as_json
 from stepguardd.replay import replay as run
@@ -21,7 +23,10 @@ from stepguardd.replay import replay as run
 def replay(
     files: Annotated[
         list[Path],
-        typer.Argument(metavar="FILE…", help="CSV, JSON lines, a W&B run, TensorBoard files, or a log."),
+        typer.Argument(
+            metavar="FILE…",
+            help="CSV, JSON lines, a W&B run, TensorBoard files, a log; or an incident's decisions.jsonl.",
+        ),
     ],
     *,
     config: Annotated[
@@ -35,7 +40,20 @@ def replay(
         Path | None, typer.Option("--html", metavar="OUT", help="Write the curves to one page.")
     ] = None,
 ) -> None:
-    """Judge recorded runs as live ones would be: what would have been held, what warned about."""
+    """
+    Judge recorded runs as live ones would be: what would have been held, what warned about.
+
+    An incident's decisions.jsonl is decided again instead, and compared byte for byte: exit code 1 if
+    anything comes out otherwise.
+    """
+    logs = [path for path in files if is_decision_log(path)]
+    if logs:
+        if len(logs) < len(files) or html is not None or config is not None or metric is not None:
+            fail(
+                "a decision log is decided again by itself: no other files, and none of the options but --json"
+            )
+        _decide_again(logs, as_json=json)
+        return
     judged_by, named = settings(config, metric)
     try:
         with _without_collecting(), console(as_json=True).status("reading") as status:
@@ -62,6 +80,46 @@ def replay(
         except OSError as wrong:
             fail(f"{html}: {wrong.strerror}")
         say(f"wrote {html}")
+
+
+def _decide_again(logs: list[Path], *, as_json: bool) -> None:
+    from stepguardd.incidents.decisions import DecisionLogError, redecide  # noqa: PLC0415 - pydantic, for these
+
+    same = True
+    for path in logs:
+        try:
+            result = redecide(path)
+        except DecisionLogError as wrong:
+            fail(str(wrong))
+        difference = result.difference
+        same = same and result.same
+        if as_json:
+            told = None if difference is None else asdict(difference)
+            print_json(
+                {
+                    "source": result.source,
+                    "incident": result.incident,
+                    "decisions": result.decisions,
+                    "commands": result.commands,
+                    "same": result.same,
+                    "first_difference": told,
+                }
+            )
+            continue
+        _say(f"{one_line(result.source)}: incident {result.incident}", indent=0)
+        if difference is None:
+            _say(
+                f"{result.decisions} decisions decided again: all {result.commands} commands came out byte "
+                "for byte as recorded"
+            )
+            continue
+        _say(f"{result.decisions} decisions came out as recorded, then row {difference.seq} did not:")
+        _say(f"event {difference.event}", indent=4)
+        _say(f"recorded {one_line(difference.recorded, 600)}", indent=4)
+        _say(f"decided  {one_line(difference.decided, 600)}", indent=4)
+        _say("another version of Stepguard wrote it, or this one has a bug: please report it with the file")
+    if not same:
+        raise typer.Exit(1)
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
+import stepguard
+
 from ..core.invariants import InvariantError
 from ..core.state import State
 from ..journal import (
@@ -24,9 +26,9 @@ from ..journal import (
     encode_state,
 )
 from ..oneline import one_line
+from .folders import DECISIONS_KIND as KIND
 from .passage import Passage, again
 
-KIND: Final = "stepguard decisions"
 VERSION: Final = 1
 _LINE_CHARS_MAX: Final = 8 << 20
 
@@ -78,6 +80,7 @@ def write_log(passage: Passage, file: IO[str], *, bytes_max: int) -> int:
         "kind": KIND,
         "version": VERSION,
         "incident": passage.number,
+        "written_by": stepguard.__version__,
         "opened_seq": passage.opened.seq,
         "state": json.loads(encode_state(passage.start)),
     }
@@ -100,15 +103,6 @@ def write_log(passage: Passage, file: IO[str], *, bytes_max: int) -> int:
         written += file.write(line)
         count += 1
     return count
-
-
-def is_decision_log(path: Path) -> bool:
-    """Whether a file begins as a decision log does."""
-    try:
-        with path.open("rb") as file:
-            return file.read(64).startswith(f'{{"kind":"{KIND}"'.encode())
-    except OSError:
-        return False
 
 
 def redecide(path: Path) -> Redecided:
@@ -138,7 +132,7 @@ def _redecide(path: Path, file: IO[str]) -> Redecided:
             f"{path}:1: written in version {head.get('version')} of the log, and this reads {VERSION}; "
             "replay it with the stepguard that wrote it"
         )
-    number, state = 1, _state(path, 1, head["state"])
+    number, state = 1, _state(path, 1, head.get("state"))
     decisions = commands = 0
     difference = None
     for number, line in enumerate(lines, start=2):
@@ -185,8 +179,11 @@ def _objects(path: Path, file: IO[str]) -> Iterator[dict[str, Any]]:
 def _state(path: Path, number: int, value: object) -> State:
     try:
         return decode_state(json.dumps(value))
-    except JournalError as error:
-        raise DecisionLogError(f"{path}:{number}: {one_line(str(error), 200)}") from None
+    except JournalError:
+        raise DecisionLogError(
+            f"{path}:{number}: the state there is none that this version of Stepguard knows: replay it with "
+            "the version that wrote it"
+        ) from None
 
 
 def _bytes(value: object) -> str:

@@ -15,6 +15,7 @@ MARKDOWN: Final = "report.md"
 PAGE: Final = "report.html"
 DATA: Final = "report.json"
 DECISIONS: Final = "decisions.jsonl"
+DECISIONS_KIND: Final = "stepguard decisions"
 
 
 def folder_of(state_dir: Path, number: int) -> Path:
@@ -29,6 +30,15 @@ def kept(state_dir: Path) -> list[int]:
     except OSError:
         return []
     return sorted(int(name) for name in names if name.isdecimal() and len(name) < 10)
+
+
+def is_decision_log(path: Path) -> bool:
+    """Whether a file begins as an incident's log of decisions does."""
+    try:
+        with path.open("rb") as file:
+            return file.read(64).startswith(f'{{"kind":"{DECISIONS_KIND}"'.encode())
+    except OSError:
+        return False
 
 
 def keep_few(state_dir: Path, *, keep: int, bytes_max: int) -> list[int]:

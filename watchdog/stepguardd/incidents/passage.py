@@ -10,7 +10,6 @@ import json
 import sqlite3
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
@@ -125,7 +124,7 @@ def read_passage(journal: Path, number: int) -> Passage | None:
             "LIMIT ?",
             (start[0], (1 << 62) if end is None else end, ROWS_MAX + 1),
         )
-        rows = _until_reboot([_recorded(*row) for row in found])
+        rows = [_recorded(*row) for row in found]
         opened = next((row for row in rows if row.seq == first), None)
         if opened is None:
             return None
@@ -145,14 +144,6 @@ def read_passage(journal: Path, number: int) -> Passage | None:
             curve=tuple(_curve(db, rows[-1].seq)),
             cut=cut,
         )
-
-
-def _until_reboot(rows: list[Recorded]) -> list[Recorded]:
-    """Times of another boot mean nothing: where the clock went back, the incident was over."""
-    for index, (one, following) in enumerate(pairwise(rows), start=1):
-        if following.at < one.at:
-            return rows[:index]
-    return rows
 
 
 @contextlib.contextmanager

@@ -1,0 +1,261 @@
+"""A report tells an incident so that a person can act on it, and gives nothing away that is secret."""
+
+import html
+import json
+import re
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from daemon_parts.test_journal import Recording, written
+from stepguardd.cli import main
+from stepguardd.core.diagnosis import Cause
+from stepguardd.incidents.collected import Collected, LogSpan, read_collected, write_collected
+from stepguardd.incidents.folders import folder_of, keep_few, kept
+from stepguardd.incidents.markdown import as_markdown
+from stepguardd.incidents.report import Report, ReportError, build
+from stepguardd.incidents.slices import cut_out, metric_figures
+from stepguardd.incidents.writing import write_report
+from stepguardd.journal import Journal
+from stepguardd.redaction import redacted, redacted_command
+
+
+@pytest.fixture(scope="module")
+def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of which the server died once, and came back."""
+    world = Recording()
+    world.steps(12)
+    world.kill()
+    world.run(30)
+    world.steps(6)
+    assert world.state.last_incident is not None, "the incident is over"
+    home = tmp_path_factory.mktemp("state")
+    written(home / "journal.db", world.rows)
+    log = home / "server.log"
+    log.write_text("[…] The server is fired up\nAuthorization: Bearer abc\n<script>alert(1)</script>\n")
+    opened = log.stat().st_size
+    with log.open("a") as file:
+        file.write("Subprocess scheduler_0 (pid=7) crashed with exit code -9. Triggering\n" + "again\n" * 40)
+    collected = Collected(
+        run="math",
+        incident=1,
+        journal=str(home / "journal.db"),
+        run_dir="/run/stepguard/math",
+        config=(("run.mode", '"act"', True), ("probe.interval_s", "1", False)),
+        logs={"s": LogSpan(path=str(log), opened_at=opened)},
+    )
+    write_collected(folder_of(home, 1), collected)
+    (folder_of(home, 1) / "metrics").mkdir()
+    for when, value in (("before", 5), ("after", 9)):
+        text = f'# HELP x\nsglang:num_queue_reqs{{a="b"}} {value}\nsglang:same 1\n'
+        (folder_of(home, 1) / "metrics" / f"s-{when}.txt").write_text(text)
+    return home
+
+
+@pytest.fixture(scope="module")
+def report(state_dir: Path) -> Report:
+    collected = read_collected(folder_of(state_dir, 1))
+    assert collected is not None
+    return write_report(collected, folder_of(state_dir, 1))
+
+
+def test_it_names_the_cause_first_with_evidence_from_the_journal_and_the_log(report: Report) -> None:
+    first = report.hypotheses[0]
+    assert first.cause is Cause.SERVER_CRASH
+    assert first.confidence > 0.9
+    assert any("ended" in line for line in first.supporting)
+    assert any("s:4" in line for line in first.supporting), "the log's line, with its number"
+
+
+def test_it_tells_what_happened_in_order_across_the_planes(report: Report) -> None:
+    times = [moment.after_s for moment in report.moments]
+    assert times == sorted(times)
+    assert {"trainer", "server", "stepguard"} <= {moment.plane.value for moment in report.moments}
+    told = [moment.text for moment in report.moments]
+    order = [
+        next(at for at, text in enumerate(told) if part in text)
+        for part in ("taken, reward", "ended", "held: server_died", "start of s done", "well again")
+    ]
+    assert order == sorted(order)
+
+
+def test_it_counts_the_cost_from_the_journal(report: Report) -> None:
+    incident, cost = report.incident, report.cost
+    assert incident.resumed_at is not None
+    assert cost.held_s == pytest.approx(incident.resumed_at - incident.opened_at)
+    assert cost.garbage_steps == 0
+    assert cost.gpu_hours is None or cost.gpus
+
+
+def test_its_actions_have_durations_and_outcomes(report: Report) -> None:
+    assert [action.name.partition(" ")[0] for action in report.actions][:2] == ["stop", "start"]
+    assert all(action.ok and action.took_s is not None and action.took_s >= 0 for action in report.actions)
+
+
+def test_the_markdown_can_be_acted_on(report: Report) -> None:
+    text = as_markdown(report)
+    assert text.startswith("# Incident 1: the inference server crashed")
+    for part in (
+        "## What to do",
+        "## What happened",
+        "## Why, most likely",
+        "## What Stepguard did",
+        "## What it cost",
+        "stepguard status --run-dir /run/stepguard/math",
+        "stepguard replay decisions.jsonl",
+        'run.mode = "act"',
+        "sglang:num_queue_reqs",
+        "here the run was held",
+    ):
+        assert part in text
+    assert "sglang:same" not in text
+    assert "[40 times]" in text
+
+
+def test_nothing_secret_and_no_markup_gets_into_it(report: Report, state_dir: Path) -> None:
+    folder = folder_of(state_dir, 1)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            assert "Bearer abc" not in file.read_text(), file
+    page = (folder / "report.html").read_text()
+    body = page[page.index("<body>") :]
+    assert "<script>alert" not in body
+    assert html.escape("<script>alert(1)</script>") in body
+    assert not re.findall(r'<(?:link|img|script)[^>]+(?:src|href)="(?!data:)', body), "nothing is fetched"
+
+
+def test_the_folder_has_everything_that_the_report_names(report: Report, state_dir: Path) -> None:
+    folder = folder_of(state_dir, 1)
+    for name in ("report.md", "report.html", "report.json", "decisions.jsonl", "config.toml", "logs/s.log"):
+        assert (folder / name).stat().st_size > 0, name
+    told = json.loads((folder / "report.json").read_text())
+    assert told["hypotheses"][0]["cause"] == "server_crash"
+    assert told["stage"] == report.stage == "closed"
+    assert not list(folder.rglob(".*")), "no half-written file is left"
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(["report", *arguments])
+    code = ended.value.code
+    assert isinstance(code, int)
+    return code
+
+
+def test_the_command_shows_lists_and_refuses(
+    report: Report, state_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = ["--state-dir", str(state_dir)]
+    assert run(*home) == 0
+    assert capsys.readouterr().out.startswith("# Incident 1: ")
+    assert run("1", "--json", *home) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["incident"], told["folder"]) == (1, str(folder_of(state_dir, 1)))
+    assert run("--list", *home) == 0
+    assert capsys.readouterr().out.strip().startswith("1  closed")
+    assert run("7", *home) == 2
+    assert "there is no incident 7; there is 1" in capsys.readouterr().err
+    assert run("--state-dir", str(state_dir / "nowhere")) == 2
+    assert "no journal" in capsys.readouterr().err
+
+
+def test_a_report_is_made_of_the_journal_alone(
+    state_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "journal.db").write_bytes((state_dir / "journal.db").read_bytes())
+    assert run("--state-dir", str(tmp_path)) == 0
+    assert "the inference server crashed" in capsys.readouterr().out
+
+
+def test_a_journal_without_incidents_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with closing(Journal(tmp_path / "journal.db", boot_id="a")):
+        pass
+    assert run("--state-dir", str(tmp_path)) == 1
+    assert "no incident so far" in capsys.readouterr().err
+    collected = Collected(run="x", incident=3, journal=str(tmp_path / "journal.db"))
+    with pytest.raises(ReportError, match="no incident 3"):
+        build(collected, None)
+
+
+def test_the_oldest_folders_go_first_and_the_newest_stays(tmp_path: Path) -> None:
+    for number in range(1, 13):
+        folder = folder_of(tmp_path, number)
+        folder.mkdir(parents=True)
+        (folder / "report.md").write_bytes(b"x" * 1000)
+    (tmp_path / "incidents" / "notes").mkdir()
+    assert keep_few(tmp_path, keep=10, bytes_max=1 << 20) == [1, 2]
+    assert keep_few(tmp_path, keep=10, bytes_max=3500) == list(range(3, 10))
+    assert keep_few(tmp_path, keep=10, bytes_max=1) == [10, 11]
+    assert kept(tmp_path) == [12]
+    assert (tmp_path / "incidents" / "notes").is_dir()
+
+
+def test_a_log_that_was_turned_over_is_found_again(tmp_path: Path) -> None:
+    path = tmp_path / "s.log"
+    (tmp_path / "s.log.1").write_text("old line\n")
+    path.write_text("new line\n")
+    found = cut_out("s", LogSpan(path=str(path), opened_at=90), bytes_max=1000)
+    assert not isinstance(found, str)
+    assert found.lines[-1] == "new line"
+    missing = cut_out("s", LogSpan(path=str(tmp_path / "none"), opened_at=0), bytes_max=1000)
+    assert isinstance(missing, str)
+    assert "cannot be read" in missing
+
+
+def test_of_a_long_log_the_beginning_and_the_end_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "s.log"
+    path.write_text("".join(f"line {number}\n" for number in range(20_000)))
+    found = cut_out("s", LogSpan(path=str(path), opened_at=0), bytes_max=4000)
+    assert not isinstance(found, str)
+    assert found.lines[0] == "line 0"
+    assert found.lines[-1] == "line 19999"
+    assert any("left out" in line for line in found.lines)
+    assert sum(map(len, found.lines)) < 5000
+
+
+def test_metrics_that_moved_are_summed_over_their_labels() -> None:
+    before = 'sglang:a{x="1"} 1\nsglang:a{x="2"} 2\nsglang:b_bucket{le="1"} 9\nbroken line\n'
+    figures = metric_figures("s", before, "sglang:a 7\nsglang:c 1\n")
+    assert [(one.name, one.before, one.after) for one in figures] == [
+        ("sglang:a", 3.0, 7.0),
+        ("sglang:c", None, 1.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("--api-key abc --port 5", "--api-key <secret> --port 5"),
+        ("api_key='s', max_total_tokens=3, token usage: 0.4", None),
+        ("WANDB_API_KEY=deadbeef", "WANDB_API_KEY=<secret>"),
+        ("https://user:pw@host/x", "https://<secret>@host/x"),
+        ("https://hooks.slack.com/services/T/B/x", "https://hooks.slack.com/<secret>"),
+        ("token hf_abcdefghijklmnopqrst", "token <secret>"),
+        ("#new-token: 5, num_tokens=7", "#new-token: 5, num_tokens=7"),
+    ],
+)
+def test_secrets_are_taken_out_and_counts_of_tokens_are_not(text: str, shown: str | None) -> None:
+    if shown is None:
+        assert redacted(text) == "api_key=<secret>, max_total_tokens=3, token usage: 0.4"
+    else:
+        assert redacted(text) == shown
+
+
+def test_a_command_is_shown_without_its_secrets() -> None:
+    command = ["python", "--api-key", "abc", "--max-new-tokens", "5", "--hf-token=x"]
+    assert redacted_command(command) == [
+        "python", "--api-key", "<secret>", "--max-new-tokens", "5", "--hf-token=<secret>",
+    ]  # fmt: skip
+
+
+def test_an_open_incident_says_that_it_is_held(tmp_path: Path) -> None:
+    world = Recording()
+    world.steps(8)
+    world.kill()
+    written(tmp_path / "journal.db", world.rows)
+    collected = Collected(run="x", incident=1, journal=str(tmp_path / "journal.db"))
+    report = build(collected, None)
+    assert report.stage == "held"
+    assert "The trainer is still held." in report.summary
+    assert any(what == "let it go on" for what, _ in report.commands)
