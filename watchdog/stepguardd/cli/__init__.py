@@ -6,6 +6,7 @@ command whose extra is not installed says which one to install.
 """
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,25 +23,32 @@ COMMANDS = {
     "status": "How the run is, and what to do.",
     "pause": "Hold the run before its next optimizer step.",
     "resume": "Let a held run go on.",
+    "ack": "Take an incident in hand, by name and with a reason.",
     "rollback": "Go back to a checkpoint from before the trouble.",
     "restart-server": "Restart an inference server; renew its weights.",
     "open": "A link that opens the run's page.",
+    "init": "Write a config for what runs on this machine.",
+    "doctor": "Check this machine: is all well, and what helps if not.",
     "demo": "A real training run with a real fault, protected.",
     "config": "Check, show and explain the configuration.",
     "checkpoints": "List, vet and choose checkpoints.",
     "replay": "What Stepguard would have done in a recorded run.",
     "tune": "Find settings for the reward tests from recorded runs.",
     "stream": "Show the reward stream as Stepguard reads it.",
+    "completion": "Complete commands and options in your shell.",
     "install-service": "Install the systemd units.",
     "report": "What happened in an incident, and what to do.",
     "diagnose": "What most likely went wrong, with the evidence.",
 }
+COMPLETE = "_STEPGUARD_COMPLETE"
 EXTRAS = {"demo": "demo"}
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line on these arguments (default: the process's own) and exit with its code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if COMPLETE in os.environ and arguments is None:
+        _complete()
     wanted = next((word for word in given if not word.startswith("-")), None)
     if wanted is None and "--version" in given:  # typer would load pydantic to read this one flag
         _print_version()
@@ -56,10 +64,18 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
-def _app(wanted: str | None) -> typer.Typer:
+def _complete() -> NoReturn:
+    """Answer a shell that completes a line; of the commands, only the one in the line is real."""
+    words = os.environ.get("_TYPER_COMPLETE_ARGS", os.environ.get("COMP_WORDS", "")).split()[1:]
+    wanted = next((word for word in words if word in COMMANDS), None)
+    get_command(_app(wanted, completes=True)).main([], prog_name="stepguard")
+    raise SystemExit(0)
+
+
+def _app(wanted: str | None, *, completes: bool = False) -> typer.Typer:
     """The whole command line, of which only the wanted command is real; the others are there to be listed."""
     app = typer.Typer(
-        add_completion=False,
+        add_completion=completes,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},

@@ -49,9 +49,7 @@ def replay(
     logs = [path for path in files if is_decision_log(path)]
     if logs:
         if len(logs) < len(files) or html is not None or config is not None or metric is not None:
-            fail(
-                "a decision log is decided again by itself: no other files, and none of the options but --json"
-            )
+            fail("a decision log is decided again by itself: no other files, no option but --json")
         _decide_again(logs, as_json=json)
         return
     judged_by, named = settings(config, metric)

@@ -1,0 +1,40 @@
+"""`stepguard completion`: the script with which a shell completes commands and options."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.completion import get_completion_script  # type: ignore[attr-defined]
+from typer.completion import install as install_script  # type: ignore[attr-defined]
+
+from stepguardd.cli import COMPLETE
+from stepguardd.cli.output import fail
+
+SHELLS = ("bash", "zsh", "fish")
+
+
+def completion(
+    shell: Annotated[
+        str | None, typer.Argument(metavar="SHELL", help=f"{', '.join(SHELLS)}. By default yours.")
+    ] = None,
+    *,
+    install: Annotated[bool, typer.Option("--install", help="Put it where your shell finds it.")] = False,
+) -> None:
+    """
+    Print the completion script of a shell, or put it where the shell finds it.
+
+    For this session alone: eval "$(stepguard completion bash)".
+    """
+    name = shell if shell is not None else Path(os.environ.get("SHELL", "")).name
+    if name not in SHELLS:
+        said = name or "none"
+        fail(f"the shell {said} is not known: use one of {', '.join(SHELLS)}")
+    if not install:
+        typer.echo(get_completion_script(prog_name="stepguard", complete_var=COMPLETE, shell=name))
+        return
+    try:
+        _, path = install_script(shell=name, prog_name="stepguard", complete_var=COMPLETE)
+    except OSError as error:
+        fail(f"{error.filename}: cannot be written: {error.strerror}")
+    typer.echo(f"wrote {path}: open a new terminal to use it")
