@@ -9,7 +9,8 @@ from typer.completion import get_completion_script  # type: ignore[attr-defined]
 from typer.completion import install as install_script  # type: ignore[attr-defined]
 
 from stepguardd.cli import COMPLETE
-from stepguardd.cli.output import fail
+from stepguardd.cli.output import fail, print_json
+from stepguardd.cli.runs import AsJson
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -20,6 +21,7 @@ def completion(
     ] = None,
     *,
     install: Annotated[bool, typer.Option("--install", help="Put it where your shell finds it.")] = False,
+    json: AsJson = False,
 ) -> None:
     """
     Print the completion script of a shell, or put it where the shell finds it.
@@ -31,10 +33,17 @@ def completion(
         said = name or "none"
         fail(f"the shell {said} is not known: use one of {', '.join(SHELLS)}")
     if not install:
-        typer.echo(get_completion_script(prog_name="stepguard", complete_var=COMPLETE, shell=name))
+        script = get_completion_script(prog_name="stepguard", complete_var=COMPLETE, shell=name)
+        if json:
+            print_json({"shell": name, "script": script})
+        else:
+            typer.echo(script)
         return
     try:
         _, path = install_script(shell=name, prog_name="stepguard", complete_var=COMPLETE)
     except OSError as error:
         fail(f"{error.filename}: cannot be written: {error.strerror}")
-    typer.echo(f"wrote {path}: open a new terminal to use it")
+    if json:
+        print_json({"shell": name, "path": str(path)})
+    else:
+        typer.echo(f"wrote {path}: open a new terminal to use it")

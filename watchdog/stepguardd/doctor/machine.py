@@ -38,7 +38,7 @@ _TRAINERS: Final = (
         "slime",
         re.compile(r"\bslime\b.*\btrain(?:_async)?\.py\b|\btrain(?:_async)?\.py\b.*--rollout-batch-size"),
     ),
-    ("trl", re.compile(r"\btrl\b.*\bgrpo\b|\bgrpo_?\w*\.py\b|\bstepguard_grpo\.train\b")),
+    ("trl", re.compile(r"\btrl\b.*\bgrpo\b|grpo\w*\.py\b|\bstepguard_grpo\.train\b")),
 )
 # Options whose value is where checkpoints go, as the frameworks call it.
 _SAVES: Final = re.compile(
