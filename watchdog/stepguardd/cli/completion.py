@@ -32,15 +32,16 @@ def completion(
     if name not in SHELLS:
         said = name or "none"
         fail(f"the shell {said} is not known: use one of {', '.join(SHELLS)}")
+    wanted = {"prog_name": "stepguard", "complete_var": COMPLETE, "shell": name}
     if not install:
-        script = get_completion_script(prog_name="stepguard", complete_var=COMPLETE, shell=name)
+        script = get_completion_script(**wanted)
         if json:
             print_json({"shell": name, "script": script})
         else:
             typer.echo(script)
         return
     try:
-        _, path = install_script(shell=name, prog_name="stepguard", complete_var=COMPLETE)
+        _, path = install_script(**wanted)
     except OSError as error:
         fail(f"{error.filename}: cannot be written: {error.strerror}")
     if json:
