@@ -64,7 +64,7 @@ def test_servers_are_found_with_their_tree_their_port_and_their_orphans() -> Non
     ("command", "framework"),
     [
         ("python -m verl.trainer.main_ppo trainer.default_local_dir=/c", "verl"),
-        ("python /root/slime/train.py --rollout-batch-size 32 --save /c", "slime"),
+        ("python /opt/slime/train.py --rollout-batch-size 32 --save /c", "slime"),
         ("python train_async.py --rollout-batch-size 32", "slime"),
         ("python -m openrlhf.cli.train_ppo_ray --ckpt_path /c", "openrlhf"),
         ("torchrun examples/run_grpo_math.py", "nemo-rl"),
