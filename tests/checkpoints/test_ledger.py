@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepguardd.checkpoints.choice import Candidate, Refusal, choose, explain
-from stepguardd.checkpoints.ledger import (
+from stepguardd.core.choice import Candidate, Refusal, choose, explain
+from stepguardd.core.ledger import (
     HEALTHY_STEPS,
     LedgerRow,
     after_step,
@@ -17,13 +17,11 @@ from stepguardd.checkpoints.ledger import (
     plan_pins,
     proven,
 )
-from stepguardd.checkpoints.verdict import Depth, Finding, Verdict, Vetting
+from stepguardd.core.verdict import Depth, Finding, Verdict, Vetting
 
 
 def row(step: int, **more) -> LedgerRow:
-    base = LedgerRow(
-        step=step, attempt=0, path=f"/c/{step}", framework="trl", verdict=Verdict.GOOD, size_bytes=100
-    )
+    base = LedgerRow(step=step, attempt=0, path=f"/c/{step}", verdict=Verdict.GOOD, size_bytes=100)
     return replace(base, **{"healthy_steps": HEALTHY_STEPS, **more})
 
 

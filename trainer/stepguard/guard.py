@@ -11,15 +11,17 @@ inside them.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from stepguard import isolation
 from stepguard.admission import Admission, Refusal, Tally, Verdict, judge, refusal, shaped, total
@@ -111,6 +113,9 @@ class Guard:
         )
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
+        self._pid = os.getpid()
+        if place is not None:
+            atexit.register(self._at_exit)
         if place is not None and heartbeat_s is not None:
             self._thread = threading.Thread(
                 target=self._beat_on, args=(heartbeat_s,), name="stepguard-heartbeat", daemon=True
@@ -422,8 +427,27 @@ class Guard:
         self._obedience.refresh()
         self._obedience.say_hello()
 
-    def close(self) -> None:
-        """Stop the heartbeat and let go of the page; the guard's calls go on as without a daemon."""
+    def skips(self, step: int) -> bool:
+        """
+        Whether the batch of this step is to be left out: the run died in it twice.
+
+        A loop that asks takes the next batch of its data instead, the same way every time it comes here.
+        """
+        return whole_number(step, -1) in self._obedience.settings.skip_steps
+
+    def close(self, error: BaseException | None = None) -> None:
+        """
+        Say goodbye and let go of the page; the guard's calls go on as without a daemon.
+
+        Without a goodbye the end of the process is a death, and a trainer that the daemon starts is started
+        again. The interpreter's own end says it too.
+
+        Args:
+            error: what ended the training, where it did not come to its end.
+
+        """
+        atexit.unregister(self._at_exit)
+        self._say_bye(error)
         self._stopped.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=2.0)
@@ -436,7 +460,31 @@ class Guard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(error)
+
+    def _at_exit(self) -> None:
+        """The interpreter ends: after an error that nobody caught, or because its work is done."""
+        if os.getpid() == self._pid:  # a fork has the guard of its parent, and no say in it
+            self.close(getattr(sys, "last_exc", None) or getattr(sys, "last_value", None))
+
+    def _say_bye(self, error: BaseException | None) -> None:
+        why: Literal["finished", "stopped", "failed"]
+        if isinstance(error, (StopRequested, KeyboardInterrupt)) or (
+            error is None and self._obedience.stopped
+        ):
+            why = "stopped"
+        else:
+            why = "finished" if error is None else "failed"
+        self._link.send(
+            {
+                "v": 1,
+                "kind": "bye",
+                "attempt": self._presence.attempt,
+                "pid": os.getpid(),
+                "why": why,
+                "detail": "" if error is None else f"{type(error).__name__}: {error}"[:500],
+            }
+        )
 
     def _before_step_slowly(self, step: int) -> None:
         self._presence.at(step)

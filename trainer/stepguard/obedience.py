@@ -60,6 +60,7 @@ class Obedience:
         go_sequence: as long as the page's sequence word equals this, and
         go_until_ns: the clock is before this, the answer is GO.
         seen: the newest valid daemon half.
+        stopped: whether StopRequested was raised.
         settings: the guard's.
 
     """
@@ -98,6 +99,7 @@ class Obedience:
         self._handler_thread: int | None = None
 
         self.refusals = 0
+        self.stopped = False
         self.seen: DaemonHalf | None = None
         self.settings = self._read_settings()
         self.words = link.words
@@ -153,6 +155,7 @@ class Obedience:
                     case CarryOut():
                         self._carry_out(act)
                     case Stop():
+                        self.stopped = True
                         if act.ordered:
                             self._acknowledge(Order.STOP, act.generation)
                         raise StopRequested(act.reason)

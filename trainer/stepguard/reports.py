@@ -118,7 +118,22 @@ class CallFailed(TypedDict):
     error: str
 
 
-Report = Hello | Batch | Step | Saved | Ack | CallFailed
+class Bye(TypedDict):
+    """
+    The training process ends, and knows why.
+
+    `why` is "finished" at the loop's good end, "stopped" on an order or a signal, "failed" after an error.
+    """
+
+    v: int
+    kind: Literal["bye"]
+    attempt: int
+    pid: int
+    why: Literal["finished", "stopped", "failed"]
+    detail: str
+
+
+Report = Hello | Batch | Step | Saved | Ack | CallFailed | Bye
 
 
 class BadReport(ValueError):  # noqa: N818 - named after what is wrong
@@ -335,5 +350,11 @@ _FIELDS: Final[dict[str, dict[str, Callable[[object], bool]]]] = {
         "detail": _text,
     },
     "call_failed": {"attempt": _count, "what": _text, "error": _text},
+    "bye": {
+        "attempt": _count,
+        "pid": _count,
+        "why": lambda v: type(v) is str and v in {"finished", "stopped", "failed"},
+        "detail": _text,
+    },
 }
 _OPTIONAL: Final[dict[str, dict[str, Callable[[object], bool]]]] = {"batch": {"began": _or_null(_number)}}

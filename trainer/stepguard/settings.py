@@ -30,6 +30,7 @@ class GuardSettings:
         orphan_hold_s: how long a hold outlives the daemon that ordered it; then StopRequested.
         on_daemon_lost: what a GO means once its lease has run out, "continue" or "hold".
         max_staleness: how many weight versions behind the newest a rollout may be.
+        skip_steps: the steps whose batches crashed the run twice; see `Guard.skips`.
 
     """
 
@@ -39,6 +40,7 @@ class GuardSettings:
     orphan_hold_s: float = 600.0
     on_daemon_lost: Literal["continue", "hold"] = "continue"
     max_staleness: int = 0
+    skip_steps: tuple[int, ...] = ()
 
     def to_json(self) -> str:
         """The text of `guard.json`."""
@@ -93,6 +95,8 @@ def _valid(name: str, value: object) -> bool:
     """Whether a value out of JSON may stand for this key."""
     if name == "on_daemon_lost":
         return value in ("continue", "hold")
+    if name == "skip_steps":
+        return type(value) is list and all(type(step) is int and step >= 0 for step in value)
     if isinstance(_DEFAULTS[name], int):
         return type(value) is int and value >= (1 if name == "max_refused_batches" else 0)
     if type(value) not in (int, float):

@@ -53,6 +53,8 @@ class TrainConfig:
     server_wait_s: float = 60.0  # how long to wait for the server at the start
     min_step_s: float = 0.0  # steps that are quicker wait; for watching
     raise_in_rollout: int | None = None  # at this step one trajectory of the batch raises, once
+    nan_at: int | None = None  # this step's loss is NaN, in the first attempt alone
+    ruin_at: int | None = None  # from this step on two steps have a ruinous learning rate, likewise
 
     def __post_init__(self) -> None:
         if self.group_size < 2:
@@ -93,6 +95,8 @@ def parse_arguments(arguments: list[str] | None = None) -> TrainConfig:
     add("--server-wait-s", type=float, default=_default("server-wait-s"), metavar="S")
     add("--min-step-s", type=float, default=0.0, metavar="S", help="slow quick steps down to this")
     add("--raise-in-rollout", type=int, default=None, metavar="STEP", help="fault: one trajectory raises")
+    add("--nan-at", type=int, default=None, metavar="STEP", help="fault: a loss that is NaN")
+    add("--ruin-at", type=int, default=None, metavar="STEP", help="fault: two steps of a ruinous rate")
     try:
         return TrainConfig(**vars(parser.parse_args(arguments)))
     except ValueError as error:

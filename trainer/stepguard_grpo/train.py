@@ -14,8 +14,8 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from stepguard import Guard
 
 log = logging.getLogger("stepguard_grpo")
+
+RUINOUS = -30.0
+RUINED_STEPS = 3
 
 
 class Outcome(StrEnum):
@@ -101,12 +104,15 @@ def train(
     """
     torch.set_num_threads(1)
     config.run_root.mkdir(parents=True, exist_ok=True)
+    own: Guard | None = None
     if guard is None and config.guard:
         from stepguard import Guard  # noqa: PLC0415 - a run without Stepguard does not import it
 
-        guard = Guard.from_env()
+        guard = own = Guard.from_env()
     run = Run(config, sampler=sampler, sync=sync, guard=guard)
     record = run.to_the_end()
+    if own is not None:
+        own.close(None if record.error is None else RuntimeError(record.error))
     path = config.run_root / "run_record.json"
     path.write_text(json.dumps(asdict(record), indent=2) + "\n")
     return record
@@ -136,6 +142,7 @@ class Run:
         self.resumed_from: int | None = None
         self.saved_step: int | None = None
         self.raised = False
+        self.skipped = 0  # batches that were left out
         self.began = time.monotonic()
 
     # The run as a whole
@@ -221,7 +228,8 @@ class Run:
             old, _ = grpo.log_probs(self.learner.policy, tensors)
         if self.guard is not None:
             self.guard.before_step(step)
-        stats = [self._update(tensors, old) for _ in range(self.config.inner_updates)]
+        with self._sabotaged(step):
+            stats = [self._update(tensors, old) for _ in range(self.config.inner_updates)]
         self.learner.scheduler.step()
         truth = self._truth(step, batch, in_loss)
         self.step = step
@@ -241,7 +249,13 @@ class Run:
 
     async def _roll_out(self, step: int) -> Batch:
         config = self.config
-        requests = task.batch(seed=config.seed, step=step, groups=config.groups, group_size=config.group_size)
+        if self.guard is not None and self.guard.skips(step):
+            self.skipped = 1 + self.skipped  # every later batch moves up by one
+            log.warning("the batch of step %d crashed the run twice: taking the next one", step)
+        position = step + self.skipped
+        requests = task.batch(
+            seed=config.seed, step=position, groups=config.groups, group_size=config.group_size
+        )
         began = time.monotonic()
         if self.guard is not None and config.failures is Failures.MASK:
             outcomes = await self.guard.gather([self._trajectory(request, step) for request in requests])
@@ -286,6 +300,26 @@ class Run:
         else:
             mask = grpo.live_mask(group_ids, [zero or not entry.failed for entry in everyone])
         return [entry for entry, counts in zip(everyone, mask, strict=True) if counts]
+
+    @contextmanager
+    def _sabotaged(self, step: int) -> Iterator[None]:
+        """The faults that a trainer does to itself, once in a run: what a rollback takes back stays back."""
+        config = self.config
+        first = self.attempt == 0 and self.rollbacks == 0
+        if first and step == config.nan_at:
+            parameter = next(self.learner.policy.parameters())
+            hook = parameter.register_hook(lambda gradient: gradient * float("nan"))
+            yield
+            hook.remove()
+        elif first and config.ruin_at is not None and 0 <= step - config.ruin_at < RUINED_STEPS:
+            rates = [group["lr"] for group in self.learner.optimizer.param_groups]
+            for group in self.learner.optimizer.param_groups:
+                group["lr"] *= RUINOUS
+            yield
+            for group, rate in zip(self.learner.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+        else:
+            yield
 
     def _update(self, tensors: grpo.Tensors, old: torch.Tensor) -> grpo.LossStats:
         self.learner.optimizer.zero_grad(set_to_none=True)
@@ -377,7 +411,11 @@ class Run:
                 self._checkpoints,
                 self.learner,
                 step=self.step,
-                data={"seed": self.config.seed, "next_step": self.step + 1},
+                data={
+                    "seed": self.config.seed,
+                    "next_step": self.step + 1,
+                    "skipped": self.skipped,
+                },
                 log_history=self.log_history,
                 keep=self.config.keep_checkpoints,
             )
@@ -389,6 +427,7 @@ class Run:
         state = checkpoint.load(path, self.learner)
         if state["data"]["seed"] != self.config.seed:
             raise ValueError(f"{path}: made with seed {state['data']['seed']}, not {self.config.seed}")
+        self.skipped = state["data"].get("skipped", 0)
         self.step = self.saved_step = state["global_step"]
         self.log_history = state["log_history"]
 

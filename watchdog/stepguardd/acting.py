@@ -21,7 +21,9 @@ from .core.commands import (
     PushWeights,
     RunCanary,
     StartServer,
+    StartTrainer,
     StopServer,
+    StopTrainer,
 )
 from .core.events import EffectEnded, Event
 from .core.state import State
@@ -29,9 +31,11 @@ from .effects import server as servers
 from .effects.canary import canary
 from .effects.outcome import Outcome, failed
 from .effects.rollback import prepare
+from .effects.trainer import Resume
 from .effects.weights import push
 from .failpoint import failpoint
 from .journal import JournalError
+from .sources.trainer_tree import TrainerProcesses
 from .watching import WatchedServer
 
 log = logging.getLogger("stepguardd")
@@ -50,6 +54,8 @@ class Acting:
         watched: the servers' parts, by name.
         feed: takes the event with which an effect ends.
         state: the state as it is now.
+        trainer: the trainer's parts, once there are any; None where it is somebody else's to start.
+        skip: tells the guard which steps' batches to leave out, before a trainer starts.
 
     """
 
@@ -59,12 +65,18 @@ class Acting:
         watched: Mapping[str, WatchedServer],
         feed: Callable[[Event], None],
         state: Callable[[], State],
+        *,
+        trainer: Callable[[], TrainerProcesses | None] = lambda: None,
+        skip: Callable[[tuple[int, ...]], None] = lambda steps: None,
     ) -> None:
         self._config = config
         self._watched = watched
         self._feed = feed
         self._state = state
+        self._trainer = trainer
+        self._skip = skip
         self._tasks: set[asyncio.Task[None]] = set()
+        self.changing_checkpoints = asyncio.Lock()
 
     def begin(self, effect: Effect, durable: Durable) -> None:
         """Carry it out in a task of its own, once `durable` says that its intent is on disk."""
@@ -107,18 +119,37 @@ class Acting:
 
     async def _act(self, effect: Effect) -> Outcome:
         if isinstance(effect, PrepareRollback):
-            return _fits(
-                await prepare(
-                    self._config.checkpoints,
-                    effect.before_step,
-                    name=f"before-{effect.before_step}-{effect.intent}",
-                    reported=self._state().checkpoints,
+            before = "" if effect.before_step is None else f"before-{effect.before_step}-"
+            async with self.changing_checkpoints:
+                return _fits(
+                    await prepare(
+                        self._config.checkpoints,
+                        effect.before_step,
+                        name=before + effect.intent,
+                        rows=self._state().checkpoints,
+                    )
                 )
-            )
+        if isinstance(effect, StopTrainer | StartTrainer):
+            return await self._on_trainer(effect)
         server = self._watched.get(effect.server)
         if server is None:
             return failed(f"the config has no server {effect.server} any more")
         return await self._on_server(server, effect)
+
+    async def _on_trainer(self, effect: StopTrainer | StartTrainer) -> Outcome:
+        trainer = self._trainer()
+        if trainer is None:
+            return failed("the config names no one who may start the trainer; see [trainer]")
+        async with trainer.changing:
+            if isinstance(effect, StopTrainer):
+                outcome = await trainer.backend.stop(effect.procs)
+                trainer.adopt(())
+                return outcome
+            self._skip(effect.skip_steps)
+            resume = Resume(step=effect.target_step, path=effect.target_path)
+            outcome = await trainer.backend.start(effect.intent, resume)
+            trainer.adopt(outcome.procs)
+            return outcome
 
     async def _on_server(
         self,

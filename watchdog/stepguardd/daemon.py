@@ -19,7 +19,6 @@ from typing import IO, Final
 
 from stepguard.gate import GateError
 from stepguard.settings import FILE_NAME as GUARD_SETTINGS_FILE
-from stepguard.settings import GuardSettings
 
 from . import clock, status
 from .acting import Acting
@@ -38,15 +37,20 @@ from .core.decide import decide
 from .core.events import DaemonStarted, EffectEnded, Event, OperatorAsked, Tick
 from .core.state import GateOrder, Mode, Server, State, initial
 from .effects import server as servers
+from .effects import trainer as trainers
 from .effects.gate import GateWriter
+from .effects.keeper import Keeper
+from .effects.programs import systemctl
 from .failpoint import failpoint
 from .incidents import folders
 from .incidents.recorder import IncidentRecorder
 from .journal import Journal, JournalError, Restored
 from .notify import Notifier
 from .settings import core_settings
+from .sources.pausefile import PauseFile
 from .sources.stream import RewardStream
 from .sources.trainer import ReportSocket, TrainerPage
+from .sources.trainer_tree import TrainerProcesses
 from .watching import WatchedServer, identity
 from .web.reading import CheckpointDict
 from .web.server import PageServer
@@ -55,6 +59,7 @@ log = logging.getLogger("stepguardd")
 
 TICK_S: Final = 0.25
 LEASE_RENEWAL_S: Final = 1.0
+PAUSE_FILE_S: Final = 0.5
 
 
 class DaemonError(Exception):
@@ -95,7 +100,18 @@ class Daemon:
         self._recorder = IncidentRecorder(config, self._servers)
         self._decided_at = self.started_at
         self._web: PageServer
-        self._acting = Acting(config, self._servers, self.feed, lambda: self.state)
+        self._trainer: TrainerProcesses | None = None
+        self._acting = Acting(
+            config,
+            self._servers,
+            self.feed,
+            lambda: self.state,
+            trainer=lambda: self._trainer,
+            skip=self._write_guard_settings,
+        )
+        self._keeper = Keeper(
+            config.checkpoints, lambda: self.state, self.feed, self._acting.changing_checkpoints
+        )
 
     # ---- life ---------------------------------------------------------------------------------------
 
@@ -154,8 +170,7 @@ class Daemon:
             if restored.state is None:
                 self._refuse_strangers()
             self.gate = GateWriter(run.run_dir / "gate")
-            guard = run.run_dir / GUARD_SETTINGS_FILE
-            guard.write_text(self._guard_settings().to_json())
+            self._write_guard_settings(self.state.trainer.skip_steps)
             self._reports = ReportSocket(run.run_dir / "reports.sock", self._reported)
         except (JournalError, GateError) as error:
             raise DaemonError(str(error)) from error
@@ -165,22 +180,34 @@ class Daemon:
             ) from error
         self.journal.start()
         self._web = PageServer(self.config.web, run.state_dir)
-        self._page = TrainerPage(self.gate.page, self.feed)
+        self._page = TrainerPage(self.gate.page, self.feed, self._reports.drain)
         self._stream = RewardStream.of(self.config, self.state.stream_position, self.feed)
         for index, settings in enumerate(self.config.servers):
             self._servers[settings.name] = WatchedServer(
                 self.config, index, self.feed, functools.partial(self._known, settings.name)
             )
+        backend = trainers.trainer_backend(
+            identity(self.config),
+            self.config.trainer,
+            run_dir=run.run_dir,
+            log=self.config.trainer_log(),
+            systemctl=systemctl(),
+        )
+        if backend is not None:
+            self._trainer = TrainerProcesses(backend, self.feed, self._reports.drain)
         return restored.unfinished
 
-    def _guard_settings(self) -> GuardSettings:
+    def _write_guard_settings(self, skip_steps: tuple[int, ...]) -> None:
         """What the trainer's guard goes by; in shadow nothing is refused or held, by the guard either."""
-        settings = self.config.guard.for_trainer()
-        if self.config.run.mode != Mode.SHADOW.value:
-            return settings
-        return replace(
-            settings, max_failed_fraction=1.0, max_refused_batches=1_000_000_000, on_daemon_lost="continue"
-        )
+        settings = replace(self.config.guard.for_trainer(), skip_steps=skip_steps)
+        if self.config.run.mode == Mode.SHADOW.value:
+            settings = replace(
+                settings,
+                max_failed_fraction=1.0,
+                max_refused_batches=1_000_000_000,
+                on_daemon_lost="continue",
+            )
+        (self.config.run.run_dir / GUARD_SETTINGS_FILE).write_text(settings.to_json())
 
     def _take_lock(self, path: Path) -> None:
         try:
@@ -218,7 +245,12 @@ class Daemon:
         state = restored.state
         if state is None:
             told = max(restored.incidents, *folders.kept(self.config.run.state_dir), 0)
-            return replace(initial(settings, mode, fresh), intents=restored.intents, incidents=told)
+            return replace(
+                initial(settings, mode, fresh),
+                intents=restored.intents,
+                incidents=told,
+                checkpoints=restored.checkpoints,
+            )
         for recorded in restored.after:
             state, _ = decide(state, recorded.event, recorded.at)
         self._mode_changed = state.settings.mode is not mode
@@ -245,7 +277,7 @@ class Daemon:
         self._taken_up = True
         self._recorder.take_up(self.state)
         wanted = {server.repair.intent for server in self.state.servers if server.repair is not None}
-        wanted |= {self.state.rollback.intent if self.state.rollback is not None else None}
+        wanted |= {one.intent for one in (self.state.rollback, self.state.relaunch) if one is not None}
         for server in self._servers.values():
             server.processes.look()
         for effect in unfinished:
@@ -264,6 +296,10 @@ class Daemon:
             if stop_servers and server.backend.managed:
                 await server.backend.stop(server.backend.find())
             await server.http.aclose()
+        if self._trainer is not None:
+            self._trainer.close()
+            if self._taken_up and self.config.trainer.on_stop == "stop":
+                await self._trainer.backend.stop(self.state.trainer.procs)
         if hasattr(self, "_page"):
             self._page.close()
         if hasattr(self, "_reports"):
@@ -338,7 +374,10 @@ class Daemon:
             work.append(_every(self.config.probe.stopped_after_s, server.processes.sample))
         if self._stream is not None:
             work.append(_every(self._stream.interval_s, self._stream.poll))
-        work.append(self._control())
+        if self._trainer is not None:
+            work.append(self._trainer.keep_looking())
+        pause = PauseFile(self.config.run.run_dir, lambda: self.state, self.feed)
+        work += [_every(PAUSE_FILE_S, pause.look), self._keeper.run(), self._control()]
         return work
 
     def _vouch(self) -> None:

@@ -26,6 +26,7 @@ from .chronicle.curve import POINTS_MAX, Curve, Point
 from .core import commands, events
 from .core.commands import Command, Effect, Notify
 from .core.events import EffectEnded, Event
+from .core.ledger import LedgerRow
 from .core.state import State
 from .oneline import utf8
 
@@ -57,6 +58,13 @@ CREATE TABLE IF NOT EXISTS points (
 CREATE TABLE IF NOT EXISTS episodes (number INTEGER PRIMARY KEY, body TEXT NOT NULL);
 """
 
+# What must outlive a reboot, unlike a state, whose times mean nothing after one.
+_LEDGER_SCHEMA: Final = """
+CREATE TABLE IF NOT EXISTS ledger (
+  attempt INTEGER NOT NULL, step INTEGER NOT NULL, row TEXT NOT NULL,
+  PRIMARY KEY (attempt, step)) WITHOUT ROWID;
+"""
+
 _EVENTS: Final[dict[str, TypeAdapter[Any]]] = {
     kind.__name__: TypeAdapter(kind) for kind in events.Event.__args__
 }
@@ -66,6 +74,7 @@ _COMMANDS: Final[dict[str, TypeAdapter[Any]]] = {
 }
 _STATE: Final[TypeAdapter[State]] = TypeAdapter(State)
 _EPISODE: Final[TypeAdapter[Episode]] = TypeAdapter(Episode)
+_LEDGER_ROW: Final[TypeAdapter[LedgerRow]] = TypeAdapter(LedgerRow)
 
 
 class JournalError(Exception):
@@ -90,6 +99,7 @@ class Restored:
 
     `intents` and `incidents` are how many were named so far: without a state the next one must not repeat a
     name.
+    `checkpoints` is the ledger, which outlives a reboot.
     """
 
     state: State | None
@@ -97,6 +107,7 @@ class Restored:
     unfinished: tuple[Effect, ...]
     intents: int
     incidents: int = 0
+    checkpoints: tuple[LedgerRow, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +119,7 @@ class _Row:
     state: State | None
     entry: Entry | None = None
     durable: "asyncio.Future[None] | None"
+    checkpoints: tuple[LedgerRow, ...] | None = None
 
 
 def encode(value: object, adapters: dict[str, TypeAdapter[Any]]) -> str:
@@ -189,6 +201,7 @@ class Journal:
         self._failed: str | None = None
         self._pruned = 0
         self._last_point = 0
+        self._checkpoints: tuple[LedgerRow, ...] | None = None
         try:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
         except sqlite3.Error as error:
@@ -214,6 +227,7 @@ class Journal:
         db.execute("PRAGMA synchronous=FULL")
         if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
             db.executescript("BEGIN;" + _SCHEMA + "COMMIT;")
+        db.executescript(_LEDGER_SCHEMA)
         row = db.execute("SELECT value FROM meta WHERE key = 'version'").fetchone()
         version = int(row[0]) if row is not None else 0
         if version < 1:
@@ -238,7 +252,14 @@ class Journal:
         told = self._db.execute("SELECT coalesce(max(incident), 0) FROM notices").fetchone()
         newest = self._db.execute("SELECT seq, state FROM snapshots ORDER BY seq DESC LIMIT 1").fetchone()
         if newest is None:
-            return Restored(state=None, after=(), unfinished=(), intents=names[0], incidents=told[0])
+            return Restored(
+                state=None,
+                after=(),
+                unfinished=(),
+                intents=names[0],
+                incidents=told[0],
+                checkpoints=self._ledger(),
+            )
         try:
             state = decode_state(newest[1])
         except JournalError as error:
@@ -265,6 +286,15 @@ class Journal:
         self._db.execute("UPDATE intents SET ended = begun, ok = 0, detail = 'rebooted' WHERE ended IS NULL")
         self._db.execute("INSERT OR REPLACE INTO meta VALUES ('boot_id', ?)", (self._boot_id,))
         self._db.execute("COMMIT")
+
+    def _ledger(self) -> tuple[LedgerRow, ...]:
+        rows = self._db.execute("SELECT row FROM ledger ORDER BY attempt, step").fetchall()
+        try:
+            return tuple(_LEDGER_ROW.validate_json(text) for (text,) in rows)
+        except ValueError as error:
+            raise JournalError(
+                f"{self.path}: its ledger of checkpoints cannot be read ({error}); move the file aside"
+            ) from error
 
     def read(self, *, after: int = 0) -> Iterator[Recorded]:
         """The decisions after a row, in order. Only before `start`: then the writer owns the database."""
@@ -341,6 +371,8 @@ class Journal:
         snapshot = effects or self._since_snapshot >= SNAPSHOT_EVERY
         if snapshot:
             self._since_snapshot = 0
+        ledger = None if state.checkpoints is self._checkpoints else state.checkpoints
+        self._checkpoints = state.checkpoints
         durable = asyncio.get_running_loop().create_future() if effects else None
         row = _Row(
             at=at,
@@ -349,12 +381,14 @@ class Journal:
             commands=commands,
             state=state if snapshot else None,
             entry=entry,
+            checkpoints=ledger,
             durable=durable,
         )
         try:
             self._rows.put_nowait(row)
         except queue.Full:
             self.lost_rows += 1
+            self._checkpoints = None
             self._since_snapshot = SNAPSHOT_EVERY  # the next row that fits carries the whole state
             if durable is not None:
                 durable.set_exception(JournalError(f"{self.path}: the disk does not keep up"))
@@ -419,6 +453,7 @@ class Journal:
                 self._db.execute("ROLLBACK")
             self.lost_rows += len(batch)
             self._gap = True
+            self._checkpoints = None
             self._since_snapshot = SNAPSHOT_EVERY
             outcome = JournalError(
                 f"{self.path}: cannot be written ({error}); make room or fix its permissions"
@@ -450,6 +485,15 @@ class Journal:
             db.execute("DELETE FROM snapshots WHERE seq <= ?", (seq - 20 * SNAPSHOT_EVERY,))
         if row.entry is not None:
             self._insert_entry(row.entry)
+        if row.checkpoints is not None:
+            db.execute("DELETE FROM ledger")
+            db.executemany(
+                "INSERT INTO ledger VALUES (?, ?, ?)",
+                [
+                    (one.attempt, one.step, _json(_LEDGER_ROW.dump_python(one, mode="json")))
+                    for one in row.checkpoints
+                ],
+            )
         if isinstance(event, EffectEnded):
             db.execute(
                 "UPDATE intents SET ended = ?, ok = ?, detail = ? WHERE intent = ?",

@@ -166,6 +166,25 @@ def marked(variable: str, value: str) -> tuple[Proc, ...]:
     return _members(roots, stats) if roots else ()
 
 
+def ranks(procs: tuple[Proc, ...]) -> dict[Proc, int]:
+    """
+    The ranks among the processes of a tree, by the variable RANK that their launcher gave them.
+
+    What a rank starts inherits the variable, so only the topmost process with a number is that rank.
+    """
+    found: dict[int, tuple[Proc, int]] = {}
+    for known in procs:
+        text = next((e[5:] for e in _environ(known.pid) if e.startswith(b"RANK=")), b"")
+        seen = stat(known.pid)
+        if text.isdigit() and seen is not None:
+            found[known.pid] = (known, int(text))
+    parents = {pid: one.ppid for pid in found if (one := stat(pid)) is not None}
+    numbers = {pid: number for pid, (_, number) in found.items()}
+    return {
+        known: number for pid, (known, number) in found.items() if numbers.get(parents.get(pid, 0)) != number
+    }
+
+
 def _members(roots: set[int], stats: list[Stat]) -> tuple[Proc, ...]:
     members = {found.pid for found in stats if found.pid in roots or found.session in roots}
     grown = True

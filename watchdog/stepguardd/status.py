@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import stepguard
 
-from .core import budget
+from .core import budget, ledger
 from .core.state import Incident, Server, ServerState, State
 from .oneline import one_line
 
@@ -61,6 +61,8 @@ def of(
         },
         "gate": gate(state),
         "trainer": _trainer(state, now),
+        "checkpoints": [_checkpoint(row, settings.proven_after_steps) for row in state.checkpoints[-8:]],
+        "relaunch": None if state.relaunch is None else state.relaunch.stage.value,
         "servers": [_server(server, urls, now) for server in state.servers],
         "incident": _incident(state.incident, now),
         "last_incident": _incident(state.last_incident, now),
@@ -116,10 +118,31 @@ def _trainer(state: State, now: float) -> dict[str, object]:
         "step": trainer.step,
         "committed_step": trainer.committed_step,
         "attempt": trainer.attempt,
+        "left": trainer.left,
+        "launches": trainer.launches,
         "phase": trainer.phase,
         "reward": _number(state.rewards[-1]) if state.rewards else None,
         "weight_version": trainer.weight_version,
         "beat_age_s": None if trainer.beats_at is None else round(now - trainer.beats_at, 3),
+    }
+
+
+def _checkpoint(row: ledger.LedgerRow, proven_after: int) -> dict[str, object]:
+    return {
+        "step": row.step,
+        "attempt": row.attempt,
+        "path": row.path,
+        "verdict": row.verdict.value,
+        "reason": row.reason,
+        "healthy_steps": row.healthy_steps,
+        "proven": ledger.proven(row, proven_after),
+        "inside_incident": row.inside,
+        "set_aside": row.set_aside,
+        "gone": row.gone,
+        "pinned": row.pinned_path,
+        "reward": _number(row.reward),
+        "kl": _number(row.kl),
+        "gradient_norm": _number(row.gradient_norm),
     }
 
 
@@ -155,6 +178,7 @@ def _incident(incident: Incident | None, now: float) -> dict[str, object] | None
         "restarts": incident.restarts,
         "resyncs": incident.resyncs,
         "rollbacks": incident.rollbacks,
+        "relaunches": incident.relaunches,
         "refused_batches": incident.refused_batches,
         "evidence": list(incident.evidence),
         "known_to": incident.known_to,

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from stepguardd.checkpoints.choice import Candidate, Choice, choose, may_be_chosen
 from stepguardd.checkpoints.layouts import Checkpoint, Folder, find_checkpoints, surroundings
 from stepguardd.checkpoints.rollback import Hands, Plan, plan_rollback, roll_back, settle
-from stepguardd.checkpoints.verdict import Verdict
 from stepguardd.checkpoints.vetting import Vetter, VettingLimits
+from stepguardd.core.choice import Candidate, Choice, choose, may_be_chosen
+from stepguardd.core.verdict import Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ from typing import Self
 from stepguardd import clock
 from stepguardd.checkpoints.completeness import Around
 from stepguardd.checkpoints.layouts import Checkpoint, Folder, size_bytes, surroundings
-from stepguardd.checkpoints.verdict import Depth, Finding, Verdict, Vetting
+from stepguardd.core.verdict import Depth, Finding, Verdict, Vetting
 
 __all__ = ["Depth", "Finding", "Verdict", "Vetter", "Vetting", "VettingLimits", "vet_all"]
 

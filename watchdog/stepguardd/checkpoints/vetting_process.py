@@ -33,7 +33,7 @@ from stepguardd.checkpoints.layouts import (
     custom_layout,
     read_listing,
 )
-from stepguardd.checkpoints.verdict import Depth, Finding, Verdict
+from stepguardd.core.verdict import Depth, Finding, Verdict
 
 NICENESS = 10
 PROGRESS_EVERY_S = 0.1

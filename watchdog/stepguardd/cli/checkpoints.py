@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stepguardd import clock
-from stepguardd.checkpoints.choice import explain
 from stepguardd.checkpoints.layouts import (
     Checkpoint,
     Folder,
@@ -33,9 +32,10 @@ from stepguardd.checkpoints.layouts import (
 )
 from stepguardd.checkpoints.offline import OfflineRollback, roll_back_offline
 from stepguardd.checkpoints.rollback import RollbackError, find_unfinished, undo_command
-from stepguardd.checkpoints.verdict import Depth, Verdict, Vetting
 from stepguardd.checkpoints.vetting import VettingLimits, vet_all
 from stepguardd.cli.output import console, fail, print_json, say
+from stepguardd.core.choice import explain
+from stepguardd.core.verdict import Depth, Verdict, Vetting
 
 if TYPE_CHECKING:
     from rich.progress import Progress

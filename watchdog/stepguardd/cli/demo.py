@@ -11,14 +11,17 @@ import typer
 
 from stepguardd.cli.output import bad_news, fail, print_json, say
 from stepguardd.demo.conduct import DemoError, Plan, Progress, conduct
-from stepguardd.demo.faults import SCENARIOS, Fault
+from stepguardd.demo.faults import INSIDE_THE_TRAINER, SCENARIOS, Fault
 from stepguardd.demo.outcome import Figures, as_expected, report
 from stepguardd.demo.servers import ServerKind, ServerMissingError, server_program
 from stepguardd.demo.view import View
 
 
 def demo(
-    fault: Annotated[Fault, typer.Option("--fault", help="What goes wrong.")] = Fault.KILL,
+    fault: Annotated[
+        Fault,
+        typer.Option("--fault", metavar="NAME", help=f"What goes wrong: {', '.join(Fault)}."),
+    ] = Fault.KILL,
     server: Annotated[
         ServerKind, typer.Option("--server", help="What makes the rollouts; sglang needs `make sglang`.")
     ] = ServerKind.EMBEDDED,
@@ -61,7 +64,7 @@ def demo(
         fail(f"--dir: {root} is not empty; name another folder")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # told to end, it ends its processes too
     view = View(scenario, plain=no_ui or as_json or not sys.stderr.isatty(), picture=picture)
-    fixed = round(0.5 * steps) if fault is Fault.TRAJECTORY else None
+    fixed = round(0.5 * steps) if fault in INSIDE_THE_TRAINER else None
     plan = Plan(
         scenario=scenario,
         root=root / "guarded",

@@ -27,7 +27,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from stepguard.settings import GuardSettings as TrainerSettings
+from stepguard.settings import GuardSettings as GuardFile
 from stepguardd.places import default_run_dir, default_state_dir
 
 
@@ -252,9 +252,117 @@ class GuardSettings(Section):
         "synchronous training.",
     )
 
-    def for_trainer(self) -> TrainerSettings:
+    def for_trainer(self) -> GuardFile:
         """The same, as the trainer's package defines and writes them."""
-        return TrainerSettings(**self.model_dump())
+        return GuardFile(**self.model_dump())
+
+
+class LaunchSettings(Section):
+    """
+    The trainer, where Stepguard may end it and start it again. Else a dead one is told of, and no more.
+
+    It resumes by its framework's own marker, which is moved to the newest proven checkpoint first.
+    """
+
+    backend: Literal["none", "process", "systemd", "docker", "ray"] = Field(
+        default="none",
+        description='Who starts it: "process" = Stepguard, as its own child, by `command`, for the first '
+        'time too; "systemd" = the unit `unit`; "docker" = the container `container`; "ray" = Ray, as a job '
+        'of `command`; "none" = somebody else.',
+    )
+    command: tuple[str, ...] = Field(
+        default=(),
+        description='The program and its arguments, for the backends "process" and "ray". No shell reads it.',
+        examples=[["torchrun", "--nproc-per-node", "8", "train.py"]],
+    )
+    resume_args: tuple[str, ...] = Field(
+        default=(),
+        description="Added to `command` when it is started again, with {path} and {step} of the checkpoint "
+        "in their places, for frameworks that want to be told. The environment variables "
+        "STEPGUARD_RESUME_PATH and STEPGUARD_RESUME_STEP say the same; a unit or container finds them in "
+        "<run_dir>/resume.env.",
+        examples=[["--resume-from-checkpoint", "{path}"]],
+    )
+    cwd: LocalPath | None = Field(
+        default=None,
+        description="The folder in which the command runs. By default the daemon's own.",
+        examples=["/srv/train"],
+    )
+    env: Mapping[str, SecretStr] = Field(
+        default_factory=dict,
+        description="Environment variables added for the command. Their values are never printed.",
+        examples=[{"WANDB_MODE": "offline"}],
+    )
+    unit: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9:_.\\@-]+\.service$",
+        description='The systemd unit, for backend "systemd". Leave its own Restart= off: Stepguard restarts '
+        "it, from a checkpoint that is good.",
+        examples=["stepguard-trainer@run.service"],
+    )
+    container: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        description='The name of a container that exists, for backend "docker".',
+        examples=["trainer"],
+    )
+    address: str | None = Field(
+        default=None,
+        min_length=1,
+        description='Where Ray\'s job server answers, for backend "ray". By default what RAY_ADDRESS says.',
+        examples=["http://127.0.0.1:8265"],
+    )
+    log: LocalPath | None = Field(
+        default=None,
+        description="Where the command's output goes. By default <state_dir>/trainer.log.",
+        examples=["/var/log/trainer.log"],
+    )
+    on_stop: Literal["keep", "stop"] = Field(
+        default="keep",
+        description='What becomes of it when the daemon is stopped: "keep" leaves it running for the next '
+        'daemon to take up again, "stop" ends it too.',
+    )
+    start_timeout_s: Seconds = Field(
+        default=1800,
+        description="A trainer whose guard is not heard of this long after its start has failed.",
+    )
+    stop_timeout_s: Seconds = Field(
+        default=60, description="Between the polite SIGTERM to the whole process tree and the SIGKILL."
+    )
+    lost_rank_grace_s: Seconds = Field(
+        default=30, description="When one rank of several has ended, the others have this long to end too."
+    )
+    relaunch_budget: int = Field(
+        default=5, ge=1, description="Relaunches allowed within the window; the next locks the run out."
+    )
+    relaunch_window_s: Seconds = Field(default=21_600, description="The window.")
+    relaunches_without_step: int = Field(
+        default=3,
+        ge=1,
+        description="So many relaunches without an optimizer step between them, and the run is locked out.",
+    )
+    client_timeout_s: Seconds = Field(
+        default=300,
+        description="For trainers without the guard: how long their HTTP clients wait for a rollout. Such a "
+        "run is held by pausing its servers, never for longer than four fifths of this.",
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        needed = {
+            "process": ("command", self.command),
+            "ray": ("command", self.command),
+            "systemd": ("unit", self.unit),
+            "docker": ("container", self.container),
+        }
+        key, value = needed.get(self.backend, ("", "-"))
+        if not value:
+            raise ValueError(f'{key} is missing: backend "{self.backend}" needs it')
+        return self
+
+    def environment(self) -> dict[str, str]:
+        """The variables, for the one place that starts the trainer."""
+        return {key: value.get_secret_value() for key, value in self.env.items()}
 
 
 class RewardSettings(Section):
@@ -359,6 +467,11 @@ class RecoverySettings(Section):
     poison_steps: int = Field(
         default=3, ge=1, description="Optimizer steps taken on garbage before clean-up means a rollback."
     )
+    on_policy_collapse: Literal["call", "rollback"] = Field(
+        default="call",
+        description='When the reward is gone while every server is well: "call" holds until a person '
+        'decides, "rollback" also goes back to the newest proven checkpoint from before it, once.',
+    )
     quorum: Share = Field(
         default=0.5,
         description="Of several servers, hold when fewer than this share is serving; else fence one off.",
@@ -441,6 +554,22 @@ class CheckpointSettings(Section):
     )
     proven_after_steps: int = Field(
         default=5, ge=1, description="A checkpoint is proven by this many healthy steps after it."
+    )
+    vetting: Literal["full", "structure"] = Field(
+        default="full",
+        description='How far each saved checkpoint is read: "full" looks at every number and checksum, '
+        '"structure" at the form of each file; the trainer\'s own norms then stand for its numbers.',
+    )
+    vetting_mib_per_s: int | None = Field(
+        default=None,
+        ge=1,
+        description="The most that vetting reads from the disk. By default as fast as a niced process gets.",
+        examples=[200],
+    )
+    pinned_gib_max: float = Field(
+        default=1024,
+        gt=0,
+        description="The most that copies of proven checkpoints may take; hard links take nothing.",
     )
 
 
@@ -569,6 +698,7 @@ class Config(Section):
     reports: ReportSettings = Field(default_factory=ReportSettings)
     control: ControlSettings = Field(default_factory=ControlSettings)
     web: WebSettings = Field(default_factory=WebSettings)
+    trainer: LaunchSettings = Field(default_factory=LaunchSettings)
 
     @field_validator("servers")
     @classmethod
@@ -582,6 +712,10 @@ class Config(Section):
     def server_log(self, server: ServerSettings) -> Path:
         """Where this server's output goes."""
         return server.log or self.run.state_dir / "servers" / f"{server.name}.log"
+
+    def trainer_log(self) -> Path:
+        """Where the output of a trainer goes that Stepguard starts."""
+        return self.trainer.log or self.run.state_dir / "trainer.log"
 
 
 def warnings(config: Config) -> list[str]:

@@ -20,12 +20,16 @@ def refuse_nonsense(state: State, request: OperatorAsked) -> None:
         if request.server is not None and request.server not in names:
             raise Refused(f"no server {request.server!r} to restart; there is {', '.join(names)}")
     elif request.verb == "rollback":
-        if state.trainer.pid is None:
+        managed = state.settings.trainer_managed
+        if state.trainer.pid is None and not managed:
             raise Refused("no trainer reports to this run; start it with STEPGUARD_RUN_DIR set")
-        if not state.trainer.handles_rollback:
-            raise Refused("the trainer registered no on_rollback: relaunch it from a checkpoint instead")
-        if state.rollback is not None:
-            raise Refused("a rollback is under way already")
+        if not state.trainer.handles_rollback and not managed:
+            raise Refused(
+                "the trainer registered no on_rollback, and none is Stepguard's to start: stop it, and use "
+                "stepguard checkpoints rollback; or see [trainer]"
+            )
+        if state.rollback is not None or state.relaunch is not None:
+            raise Refused("a rollback or relaunch is under way already")
     elif request.verb == "ack":
         _refuse_ack(state, request)
     elif request.verb == "mode" and request.mode not in {mode.value for mode in Mode}:

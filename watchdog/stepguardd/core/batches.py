@@ -6,7 +6,7 @@ A batch may be refused without a look at its reward; a reward that trips holds t
 
 from dataclasses import replace
 
-from . import budget, fleet, holding, recovery, reward, rollbacks
+from . import budget, checkpoints, fleet, holding, recovery, reward, rollbacks
 from .breaker import Phase
 from .commands import PublishGate
 from .events import (
@@ -22,6 +22,8 @@ from .state import (
     Trip,
 )
 from .turn import Turn
+
+_BROKEN_WEIGHTS = frozenset({Reason.LOSS_NOT_FINITE, Reason.GRAD_NOT_FINITE})
 
 
 def reported(turn: Turn, event: BatchReported) -> None:
@@ -47,7 +49,7 @@ def reported(turn: Turn, event: BatchReported) -> None:
         and holding.healthy(turn.state)
         and turn.state.trip is None
     ):
-        _trip(turn, Reason.ROLLOUTS_FAILED, kind="unknown", step=event.step, onset=event.step)
+        trip(turn, Reason.ROLLOUTS_FAILED, kind="unknown", step=event.step, onset=event.step)
     if (
         state.mode is Mode.SHADOW
         and event.refused is None
@@ -112,6 +114,8 @@ def _judge(turn: Turn, seen: reward.Observation) -> Reason | None:
     """Put one observation to the reward tests; a hold trips, and its reason is returned."""
     judge, verdict = reward.observe(turn.state.settings.reward, turn.state.reward, seen)
     turn.state = replace(turn.state, reward=judge)
+    if verdict.level is not reward.Level.OK:
+        turn.state = replace(turn.state, doubtful_step=seen.step)
     if verdict.recovered and turn.state.mode is Mode.SHADOW:
         turn.state = replace(turn.state, trip=None)
     if verdict.level is reward.Level.WARN:
@@ -120,7 +124,7 @@ def _judge(turn: Turn, seen: reward.Observation) -> Reason | None:
         return None
     if turn.state.trip is None:
         onset = verdict.onset_step if verdict.onset_step is not None else seen.step
-        _trip(
+        trip(
             turn,
             verdict.reason,
             kind=verdict.kind.value,
@@ -157,7 +161,7 @@ def logged(turn: Turn, event: RewardLogged) -> None:
     _judge(turn, seen)
 
 
-def _trip(
+def trip(
     turn: Turn,
     reason: Reason,
     *,
@@ -168,49 +172,108 @@ def _trip(
 ) -> None:
     """No step on this: hold, and look at every server, since a reward alone names no culprit."""
     relapse = turn.state.phase is Phase.HALF_OPEN and reason is not Reason.ROLLOUTS_FAILED
+    if reason in _BROKEN_WEIGHTS:
+        onset -= 1  # the figures are of the step before this batch
     turn.state = replace(
         turn.state,
-        trip=Trip(reason=reason, kind=kind, step=step, onset_step=onset, since=turn.now, evidence=evidence),
+        trip=Trip(
+            reason=reason,
+            kind=kind,
+            step=step,
+            onset_step=onset,
+            since=turn.now,
+            evidence=evidence,
+            relapse=relapse,
+        ),
     )
+    if reason is not Reason.ROLLOUTS_FAILED:
+        checkpoints.doubt(turn, onset)
     if turn.state.mode is Mode.SHADOW:
         return
     for server in turn.state.servers:
         recovery.verify(turn, server, reason)
-    committed = turn.state.trainer.committed_step
-    poisoned = 0 if committed is None else committed - onset + 1
-    if poisoned >= turn.state.settings.poison_steps or (relapse and kind != "policy"):
-        rollbacks.begin(turn, onset, reason)
+
+
+def garbage_steps(state: State, onset_step: int) -> int:
+    """Optimizer steps since the onset that may have moved the weights: a gradient of zero moved none."""
+    return sum(one.step >= onset_step and one.gradient != 0.0 for one in state.recent)
 
 
 def settle_trip(turn: Turn) -> None:
-    """A trip ends when its cause was found and repaired; without a cause a person decides."""
+    """
+    A trip ends when its cause was found and repaired; without a cause a person decides.
+
+    Only now, with every server well, is it known whether the weights have to go back: what infrastructure
+    broke is repaired by its repair, unless garbage was committed; and what nothing explains is the policy's.
+    """
     state = turn.state
     trip = state.trip
-    if trip is None or not holding.healthy(state) or state.rollback is not None:
+    if trip is None or not holding.healthy(state) or state.rollback is not None or state.relaunch is not None:
         return
-    if trip.infra:
+    if trip.rolled_back:
         turn.state = replace(state, trip=None)
+    elif state.phase is Phase.SHADOW:
+        if trip.infra:
+            turn.state = replace(state, trip=None)
+    elif trip.kind == "called" or state.lockout is not None:
         return
-    if state.phase is Phase.SHADOW:
+    elif trip.reason is Reason.ROLLOUTS_FAILED and not trip.infra:
+        _try_again(turn, trip)
+    elif _must_go_back(state, trip):
+        _go_back(turn, trip)
+    elif trip.infra:
+        turn.state = replace(state, trip=None)
+    else:
+        call(turn, trip, "the policy or the reward function")
+
+
+def _must_go_back(state: State, trip: Trip) -> bool:
+    if trip.reason in _BROKEN_WEIGHTS and garbage_steps(state, trip.onset_step):
+        return True
+    poisoned = garbage_steps(state, trip.onset_step) >= state.settings.poison_steps
+    if trip.infra or (state.trainer.pid is None and trip.kind != "policy"):
+        return poisoned or trip.relapse
+    # A guard's rollouts are all there and of the right weights, and every server is well: the policy's fault.
+    failed_probation = trip.relapse and trip.kind != "policy"
+    return failed_probation or state.settings.on_policy_collapse == "rollback"
+
+
+def _go_back(turn: Turn, trip: Trip) -> None:
+    """Roll back, once in an incident; where that may not be, or did not help, a person decides."""
+    incident = turn.state.incident
+    if incident is not None and incident.rollbacks:
+        recovery.lock_out(turn, None, Reason.RELAPSED)
         return
+    if rollbacks.begin(turn, trip.onset_step, trip.reason):
+        if not trip.infra:
+            what = f"{trip.reason.value} since step {trip.onset_step}, and every server is well"
+            turn.note("call", trip.reason, f"{what}: going back to before it")
+    elif turn.state.lockout is None:
+        call(turn, trip, f"{garbage_steps(turn.state, trip.onset_step)} steps were taken on it")
+
+
+def call(turn: Turn, trip: Trip, why: str) -> None:
+    """Hold until a person decides."""
+    turn.state = replace(turn.state, trip=replace(trip, kind="called"))
+    turn.note(
+        "call",
+        trip.reason,
+        f"{trip.reason.value} since step {trip.onset_step}, and every server is well: {why}; "
+        "held until a person decides",
+    )
+
+
+def _try_again(turn: Turn, trip: Trip) -> None:
+    state = turn.state
     settings = state.settings
-    if trip.reason is Reason.ROLLOUTS_FAILED:
-        left = budget.left(
-            state.retries, now=turn.now, limit=settings.restart_budget, window_s=settings.restart_window_s
-        )
-        if left > 0:
-            spent = budget.spend(
-                state.retries, now=turn.now, limit=settings.restart_budget, window_s=settings.restart_window_s
-            )
-            turn.state = replace(state, trip=None, retries=spent)
-            turn.note("action", trip.reason, "every server generates: letting the trainer try again")
-        else:
-            recovery.lock_out(turn, None, trip.reason)
-    elif trip.kind != "called":
-        turn.state = replace(state, trip=replace(trip, kind="called"))
-        turn.note(
-            "call",
-            trip.reason,
-            f"{trip.reason.value} since step {trip.onset_step}, and every server is well: "
-            "the policy or the reward function; held until a person decides",
-        )
+    left = budget.left(
+        state.retries, now=turn.now, limit=settings.restart_budget, window_s=settings.restart_window_s
+    )
+    if left < 1:
+        recovery.lock_out(turn, None, trip.reason)
+        return
+    spent = budget.spend(
+        state.retries, now=turn.now, limit=settings.restart_budget, window_s=settings.restart_window_s
+    )
+    turn.state = replace(state, trip=None, retries=spent)
+    turn.note("action", trip.reason, "every server generates: letting the trainer try again")

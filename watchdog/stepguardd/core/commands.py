@@ -66,10 +66,39 @@ class PushWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrepareRollback:
-    """Find the newest checkpoint before a step that vets good, and set newer ones aside."""
+    """
+    Find the newest proven checkpoint from before a step, set newer ones aside, move the marker.
+
+    Without a step it is for a relaunch: the newest proven one of all, and where nothing was saved yet, none.
+    """
 
     intent: str
-    before_step: int
+    before_step: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopTrainer:
+    """End the trainer's whole tree, TERM then KILL."""
+
+    intent: str
+    procs: tuple[Proc, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartTrainer:
+    """
+    Start the trainer. It carries the intent, so that it is found again and never started twice.
+
+    Args:
+        target_step, target_path: what it is to resume from; None leaves that to the trainer.
+        skip_steps: whose batches crashed it twice.
+
+    """
+
+    intent: str
+    target_step: int | None = None
+    target_path: str | None = None
+    skip_steps: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,5 +116,14 @@ class Notify:
     about: About | None = None
 
 
-Effect = ContinueServer | StopServer | StartServer | RunCanary | PushWeights | PrepareRollback
+Effect = (
+    ContinueServer
+    | StopServer
+    | StartServer
+    | RunCanary
+    | PushWeights
+    | PrepareRollback
+    | StopTrainer
+    | StartTrainer
+)
 Command = PublishGate | Notify | Effect

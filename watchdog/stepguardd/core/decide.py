@@ -11,13 +11,16 @@ exactly when nothing asks for it any more.
 from dataclasses import replace
 from typing import assert_never
 
-from . import batches, budget, fleet, holding, people, recovery, rollbacks
-from .breaker import Phase, Trigger
+from . import batches, budget, checkpoints, fleet, holding, people, probation, recovery, relaunch, rollbacks
+from .breaker import Phase
 from .commands import Command, PublishGate
 from .events import (
     Answer,
     BatchReported,
+    CheckpointGone,
+    CheckpointPinned,
     CheckpointSaved,
+    CheckpointVetted,
     DaemonStarted,
     EffectEnded,
     Event,
@@ -29,17 +32,17 @@ from .events import (
     StepCommitted,
     Tick,
     TrainerExited,
+    TrainerLeft,
     TrainerSeen,
+    TrainerTree,
     TreeSampled,
     TreeSeen,
 )
 from .reasons import Reason
 from .state import (
-    CHECKPOINTS_KEPT,
     REWARDS_KEPT,
     GateOrder,
     Mode,
-    Saved,
     Server,
     ServerState,
     State,
@@ -88,12 +91,14 @@ def _take_in(turn: Turn, event: Event) -> None:
             _on_ack(turn, event)
         case RewardLogged():
             batches.logged(turn, event)
-        case CheckpointSaved():
-            saved = Saved(attempt=event.attempt, step=event.step, path=event.path)
-            kept = (*turn.state.checkpoints, saved)[-CHECKPOINTS_KEPT:]
-            turn.state = replace(turn.state, checkpoints=kept)
+        case CheckpointSaved() | CheckpointVetted() | CheckpointPinned() | CheckpointGone():
+            _on_checkpoint(turn, event)
         case TrainerExited():
-            _on_trainer_exit(turn, event)
+            relaunch.exited(turn, event)
+        case TrainerLeft():
+            relaunch.goodbye(turn, event)
+        case TrainerTree():
+            relaunch.tree(turn, event)
         case OperatorAsked():
             people.asked(turn, event)
         case DaemonStarted():
@@ -147,6 +152,10 @@ def _on_effect(turn: Turn, event: EffectEnded) -> None:
     if rollback is not None and rollback.intent == event.intent:
         rollbacks.target_found(turn, rollback, event)
         return
+    under_way = turn.state.relaunch
+    if under_way is not None and under_way.intent == event.intent:
+        relaunch.effect_ended(turn, under_way, event)
+        return
     for server in turn.state.servers:
         recovery.effect_ended(turn, server, event)
 
@@ -190,31 +199,32 @@ def _on_trainer(turn: Turn, event: TrainerSeen) -> None:
             handles_save=event.handles_save,
         ),
     )
+    relaunch.seen(turn, event, old)
 
 
-def _on_trainer_exit(turn: Turn, event: TrainerExited) -> None:
-    trainer = turn.state.trainer
-    if trainer.pid == event.pid and trainer.alive is not False:
-        turn.state = replace(turn.state, trainer=replace(trainer, alive=False))
-        code = "unknown" if event.code is None else str(event.code)
-        turn.note("call", Reason.TRAINER_EXITED, f"the trainer (pid {event.pid}) exited, code {code}")
-        if turn.state.rollback is not None:
-            turn.note("call", turn.state.rollback.reason, "and with it the rollback that it was ordered to")
-            turn.state = replace(turn.state, rollback=None)
+def _on_checkpoint(
+    turn: Turn, event: CheckpointSaved | CheckpointVetted | CheckpointPinned | CheckpointGone
+) -> None:
+    match event:
+        case CheckpointSaved():
+            checkpoints.saved(turn, event)
+        case CheckpointVetted():
+            checkpoints.vetted(turn, event)
+        case CheckpointPinned():
+            checkpoints.pinned(turn, event)
+        case CheckpointGone():
+            checkpoints.gone(turn, event)
 
 
 def _on_step(turn: Turn, event: StepCommitted) -> None:
     state = turn.state
-    probation = max(0, state.probation_left - 1)
     turn.state = replace(
         state,
-        trainer=replace(state.trainer, committed_step=event.step),
+        trainer=replace(state.trainer, committed_step=event.step, launches_without_step=0, rank_lost_at=None),
         rewards=(*state.rewards, event.reward)[-REWARDS_KEPT:],
         metrics=event.metrics,
-        probation_left=probation,
     )
-    if state.phase is Phase.HALF_OPEN and probation == 0:
-        holding.to(turn, Trigger.PROVEN)
+    probation.stepped(turn, event)
 
 
 def _on_tick(turn: Turn) -> None:
@@ -225,6 +235,7 @@ def _on_tick(turn: Turn) -> None:
         else:
             recovery.ticked(turn, judged)
     rollbacks.wait(turn)
+    relaunch.ticked(turn)
     _reset_budgets(turn)
 
 
@@ -236,6 +247,13 @@ def _reset_budgets(turn: Turn) -> None:
             )
             if kept is not server.budget:
                 turn.put(replace(server, budget=kept))
+    trainer = turn.state.trainer
+    if trainer.budget.streak and trainer.alive and turn.state.phase is Phase.CLOSED:
+        calm = budget.recovered(
+            trainer.budget, now=turn.now, healthy_reset_s=turn.state.settings.healthy_reset_s
+        )
+        if calm is not trainer.budget:
+            turn.state = replace(turn.state, trainer=replace(trainer, budget=calm))
 
 
 def _on_start(turn: Turn, event: DaemonStarted) -> None:

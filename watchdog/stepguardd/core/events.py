@@ -97,11 +97,33 @@ class TrainerSeen:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainerExited:
-    """The training process ended."""
+class TrainerTree:
+    """The live processes of a trainer that Stepguard starts, the root first; empty when there is none."""
 
-    pid: int
+    procs: tuple[Proc, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerExited:
+    """
+    A process of the trainer ended: the one on the page, the root of its tree, or a rank.
+
+    Without a pid it is its owner's word: a unit's, a container's, a job's. The code is known for the daemon's
+    own children, and where the owner remembers it.
+    """
+
+    pid: int | None = None
     code: int | None = None
+    rank: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerLeft:
+    """The guard said goodbye: the training process ends, and knows why."""
+
+    attempt: int
+    why: str
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,11 +161,42 @@ class StepCommitted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointSaved:
-    """The trainer finished a checkpoint."""
+    """The trainer finished a checkpoint; `norms` are its own proof that it is finite."""
 
     attempt: int
     step: int
     path: str
+    norms: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointVetted:
+    """A checkpoint's files were looked at."""
+
+    attempt: int
+    step: int
+    verdict: str
+    finding: str
+    reason: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointPinned:
+    """A copy that rotation cannot take was made; without a path it was let go, or `trouble` says why not."""
+
+    attempt: int
+    step: int
+    path: str | None = None
+    trouble: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointGone:
+    """A checkpoint is no longer where it was saved."""
+
+    attempt: int
+    step: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,10 +260,15 @@ Event = (
     | TreeSampled
     | ServerProbed
     | TrainerSeen
+    | TrainerTree
     | TrainerExited
+    | TrainerLeft
     | BatchReported
     | StepCommitted
     | CheckpointSaved
+    | CheckpointVetted
+    | CheckpointPinned
+    | CheckpointGone
     | OrderAcknowledged
     | RewardLogged
     | EffectEnded

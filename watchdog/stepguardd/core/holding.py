@@ -6,6 +6,7 @@ All of it is worked out of the state after each event; nothing here is asked for
 
 from dataclasses import replace
 
+from . import levels
 from .alerts.facts import evidence
 from .breaker import Phase, Trigger, move
 from .commands import PublishGate
@@ -45,6 +46,8 @@ def _held(state: State) -> Reason | None:
         return state.trip.reason
     if state.rollback is not None:
         return state.rollback.reason
+    if state.relaunch is not None and not state.relaunch.first:
+        return state.relaunch.cause
     return Reason.RECONCILING if state.reconciling else None
 
 
@@ -154,6 +157,7 @@ def _settle_breaker(turn: Turn) -> None:
         turn.state = replace(
             turn.state,
             probation_left=state.settings.probation_steps,
+            probation_rewards=(),
             incident=None if incident is None else replace(incident, resumed_at=turn.now),
         )
         to(turn, Trigger.REPAIRED)
@@ -172,7 +176,9 @@ def _starting(state: State) -> bool:
     first = all(
         server.repair is not None and server.repair.cause is Reason.SERVER_STARTING for server in down
     )
-    return bool(down) and first and state.trip is None and state.pause is None and state.rollback is None
+    free = (state.trip, state.pause, state.rollback) == (None, None, None)
+    free = free and (state.relaunch is None or state.relaunch.first)
+    return bool(down) and first and free
 
 
 def _shadow(turn: Turn, held: Reason | None) -> None:
@@ -199,6 +205,7 @@ def _open_incident(turn: Turn, reason: Reason) -> None:
         onset_step=step,
         opened_at=turn.now,
         evidence=evidence(state, reason, turn.event, turn.now),
+        before=levels.level(state.recent, before_step=step),
     )
     turn.state = replace(state, incident=incident, incidents=number)
     turn.note("opened", reason, f"held: {reason.value}" + ("" if step is None else f" at step {step}"))

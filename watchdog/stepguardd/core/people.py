@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from . import budget, holding, recovery, reward, rollbacks
+from . import budget, holding, recovery, relaunch, reward, rollbacks
 from .breaker import Phase, Trigger
 from .events import (
     OperatorAsked,
@@ -81,6 +81,7 @@ def _resume(turn: Turn, by: str) -> None:
     turn.note("person", Reason.OPERATOR_RESUME, f"resumed by {by}")
     for server in turn.state.servers:
         recovery.accept(turn, server)
+    relaunch.resumed(turn)
 
 
 def _incident_step(state: State) -> int:

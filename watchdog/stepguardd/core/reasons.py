@@ -83,6 +83,9 @@ class Reason(StrEnum):
     ROLLBACK_FAILED = "rollback_failed"
     WEIGHTS_UNPROVEN = "weights_unproven"
     RESTART_BUDGET_SPENT = "restart_budget_spent"
+    RELAUNCH_BUDGET_SPENT = "relaunch_budget_spent"
+    RELAPSED = "relapsed"
+    """The trouble came back after the last remedy."""
     NO_CHECKPOINT = "no_checkpoint"
 
     # --- The trainer and its batches
@@ -92,14 +95,27 @@ class Reason(StrEnum):
     """Batch after batch is refused for failed rollouts."""
     OLD_ATTEMPT = "old_attempt"
     """The batch is from before a rollback."""
+    TRAINER_STARTING = "trainer_starting"
     TRAINER_EXITED = "trainer_exited"
+    TRAINER_FINISHED = "trainer_finished"
+    """It ended by itself or was told to: not a death."""
+    RANK_LOST = "rank_lost"
+    """One rank of several ended, and the others wait for it."""
     ROLLED_BACK = "rolled_back"
+    PROBATION_FAILED = "probation_failed"
+    """The rewards after a recovery are not what they were before the incident."""
+
+    # --- Checkpoints
+    CHECKPOINT_BAD = "checkpoint_bad"
+    PIN_REFUSED = "pin_refused"
+    """A proven checkpoint could not be kept from the framework's rotation."""
 
     # --- People, and the daemon itself
     OPERATOR_PAUSE = "operator_pause"
     OPERATOR_RESUME = "operator_resume"
     OPERATOR_ROLLBACK = "operator_rollback"
     OPERATOR_RESTART = "operator_restart"
+    OPERATOR_RELAUNCH = "operator_relaunch"
     OPERATOR_MODE = "operator_mode"
     OPERATOR_ACK = "operator_ack"
     UNKNOWN_VERB = "unknown_verb"

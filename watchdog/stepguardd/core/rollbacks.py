@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from . import fleet, recovery
+from . import checkpoints, fleet, recovery, relaunch
 from .breaker import Phase
 from .commands import PrepareRollback
 from .events import (
@@ -17,26 +17,39 @@ from .state import (
 from .turn import Turn
 
 
-def begin(turn: Turn, before_step: int, reason: Reason) -> None:
-    """Begin one, or say why not: in another mode than act it takes a person."""
+def begin(turn: Turn, before_step: int, reason: Reason) -> bool:
+    """
+    Begin one, or say why not: in another mode than act it takes a person.
+
+    A trainer that cannot reload in place is ended and started again from the target.
+
+    Returns:
+        Whether one is under way now.
+
+    """
     state = turn.state
-    if state.rollback is not None:
-        return
+    if state.rollback is not None or state.relaunch is not None:
+        return True
     if state.phase is Phase.SHADOW and reason is Reason.OPERATOR_ROLLBACK:
         turn.note("call", reason, "mode shadow gives no orders: set mode hold or act, and ask again")
-        return
+        return False
     if state.mode is not Mode.ACT and reason is not Reason.OPERATOR_ROLLBACK:
         turn.note("would", reason, f"would roll back to before step {before_step} in mode act")
-        return
-    if not state.trainer.handles_rollback:
+        return False
+    checkpoints.doubt(turn, before_step)
+    in_place = state.trainer.handles_rollback and state.trainer.alive is not False
+    if not in_place and state.settings.trainer_managed:
+        return relaunch.begin(turn, reason, before_step=before_step)
+    if not in_place:
         turn.note("call", reason, "the trainer cannot roll back in place: a person has to relaunch it")
-        return
+        return False
     intent = turn.intent("prepare-rollback")
     turn.state = replace(
         turn.state,
         rollback=Rollback(before_step=before_step, reason=reason, since=turn.now, intent=intent),
     )
     turn.commands.append(PrepareRollback(intent=intent, before_step=before_step))
+    return True
 
 
 def target_found(turn: Turn, rollback: Rollback, event: EffectEnded) -> None:
@@ -47,6 +60,7 @@ def target_found(turn: Turn, rollback: Rollback, event: EffectEnded) -> None:
         if rollback.reason is not Reason.OPERATOR_ROLLBACK:
             recovery.lock_out(turn, None, Reason.NO_CHECKPOINT)
         return
+    checkpoints.set_aside(turn, event.target_step)
     turn.state = replace(
         turn.state,
         rollback=replace(
@@ -69,10 +83,12 @@ def rolled_back(turn: Turn, rollback: Rollback, ok: bool, detail: str) -> None:
         return
     turn.count("rollbacks")
     turn.note("action", rollback.reason, f"rolled back to step {rollback.target_step}")
-    trip = turn.state.trip
+    trip, target = turn.state.trip, rollback.target_step
     turn.state = replace(
         turn.state,
-        trip=None if trip is None else replace(trip, infra=True),
+        trip=None if trip is None else replace(trip, infra=True, rolled_back=True),
+        metrics={},
+        recent=tuple(one for one in turn.state.recent if target is not None and one.step <= target),
         trainer=replace(turn.state.trainer, committed_step=rollback.target_step, weight_version=None),
     )
     # The servers hold the weights of a later step now.

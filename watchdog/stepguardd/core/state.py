@@ -14,6 +14,7 @@ from .breaker import Phase
 from .budget import Budget
 from .events import Proc
 from .invariants import require
+from .ledger import LedgerRow
 from .reasons import Reason
 from .reward import RewardConfig, RewardState
 from .reward import start as start_judging
@@ -78,6 +79,16 @@ class Stage(Enum):
     WEIGHTS = "weights"
 
 
+class Launch(Enum):
+    """Where the relaunch of a trainer stands, in its order."""
+
+    STOP = "stop"
+    BACKOFF = "backoff"
+    TARGET = "target"  # the checkpoint is chosen, newer ones are set aside, the marker is moved
+    START = "start"
+    UP = "up"  # started, and not heard of yet
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The figures that decisions depend on; each is explained under the same name in config.toml."""
@@ -107,6 +118,15 @@ class Settings:
     stop_timeout_s: float = 20.0
     push_weights: bool = False
     weights_fixed: bool = False
+    proven_after_steps: int = 5
+    on_policy_collapse: str = "call"
+    trainer_managed: bool = False
+    trainer_start_timeout_s: float = 1800.0
+    trainer_stop_timeout_s: float = 60.0
+    relaunch_budget: int = 5
+    relaunch_window_s: float = 21600.0
+    relaunches_without_step: int = 3
+    lost_rank_grace_s: float = 30.0
     mode: Mode = Mode.HOLD
     reward: RewardConfig = field(default_factory=RewardConfig)
 
@@ -178,7 +198,12 @@ class Server:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trainer:
-    """The trainer, as its page and its reports show it."""
+    """
+    The trainer, as its page and its reports show it, and as its launcher knows it.
+
+    `left` is why it said that it ends, if it did. `crashed_at` is the step that it last died in; a batch that
+    it died in twice is among `skip_steps`.
+    """
 
     pid: int | None = None
     alive: bool | None = None
@@ -198,6 +223,15 @@ class Trainer:
     handles_save: bool = False
     committed_step: int | None = None
     refused_in_a_row: int = 0
+    procs: tuple[Proc, ...] = ()
+    left: str | None = None
+    budget: Budget = field(default_factory=Budget)
+    launches: int = 0
+    launches_without_step: int = 0
+    crashed_at: int | None = None
+    skip_steps: tuple[int, ...] = ()
+    rank_lost: int | None = None
+    rank_lost_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,7 +250,11 @@ class Gate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trip:
-    """A batch or a stream that no optimizer step may be taken on, until its cause is found."""
+    """
+    A batch or a stream that no optimizer step may be taken on, until its cause is found.
+
+    `infra` tells that a cause was found among the servers and repaired; `relapse`, that it came on probation.
+    """
 
     reason: Reason
     kind: str
@@ -225,6 +263,8 @@ class Trip:
     since: float
     evidence: tuple[tuple[str, float], ...] = ()
     infra: bool = False
+    relapse: bool = False
+    rolled_back: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,6 +305,44 @@ class Rollback:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Relaunch:
+    """
+    A trainer being started, again or for the first time.
+
+    `pid` is of the one that it replaces. With `before_step` it is a rollback, of a trainer that does not
+    reload in place; without, it resumes from the newest proven checkpoint.
+    """
+
+    cause: Reason
+    stage: Launch
+    since: float
+    pid: int | None = None
+    intent: str | None = None
+    before_step: int | None = None
+    target_step: int | None = None
+    target_path: str | None = None
+    first: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """An optimizer step that was taken. `gradient` is its norm; None is unknown."""
+
+    attempt: int
+    step: int
+    reward: float | None
+    gradient: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Level:
+    """What the reward was like before an incident: what the steps on probation are compared with."""
+
+    mean: float
+    deviation: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Incident:
     """
     What is told to people about one trouble, from the first hold to the end of its probation.
@@ -282,19 +360,12 @@ class Incident:
     restarts: int = 0
     resyncs: int = 0
     rollbacks: int = 0
+    relaunches: int = 0
     refused_batches: int = 0
     evidence: tuple[str, ...] = ()
     known_to: str | None = None
+    before: Level | None = None
     actions: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Saved:
-    """A checkpoint that the trainer reported."""
-
-    attempt: int
-    step: int
-    path: str
 
 
 CHECKPOINTS_KEPT = 64
@@ -318,6 +389,7 @@ class State:
     pause: Pause | None = None
     lockout: Lockout | None = None
     rollback: Rollback | None = None
+    relaunch: Relaunch | None = None
     reconciling: bool = False
     intents: int = 0
     probation_left: int = 0
@@ -327,7 +399,10 @@ class State:
     incident: Incident | None = None
     incidents: int = 0
     last_incident: Incident | None = None
-    checkpoints: tuple[Saved, ...] = ()
+    checkpoints: tuple[LedgerRow, ...] = ()
+    recent: tuple[Taken, ...] = ()
+    probation_rewards: tuple[float, ...] = ()
+    doubtful_step: int | None = None
     rewards: tuple[float | None, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
     refused_batches: int = 0

@@ -13,6 +13,8 @@ from .events import Event
 from .reasons import Reason
 from .state import ACTIONS_KEPT, Incident, Mode, Server, State
 
+_BY_A_PERSON = frozenset({Reason.OPERATOR_RESTART, Reason.OPERATOR_RELAUNCH, Reason.OPERATOR_ROLLBACK})
+
 
 class Turn:
     """The next state and its commands, while they are being worked out."""
@@ -47,14 +49,14 @@ class Turn:
 
     def may_act(self, reason: Reason) -> bool:
         """Whether repairs are allowed: in mode `act`, or when a person asked for this one."""
-        return self.state.mode is Mode.ACT or reason is Reason.OPERATOR_RESTART
+        return self.state.mode is Mode.ACT or reason in _BY_A_PERSON
 
     def note(self, what: str, reason: Reason, text: str) -> None:
         """Tell people, and keep it in the incident that is open at the end of this call."""
         self._notes.append((what, reason, text))
 
     def count(self, figure: str) -> None:
-        """Add one to a figure of that incident: restarts, resyncs, rollbacks or refused_batches."""
+        """Add one to a figure of that incident, as `restarts` or `refused_batches`."""
         self._counts[figure] += 1
 
     def finish(self) -> tuple[State, tuple[Command, ...]]:
@@ -85,6 +87,7 @@ class Turn:
             restarts=incident.restarts + counts["restarts"],
             resyncs=incident.resyncs + counts["resyncs"],
             rollbacks=incident.rollbacks + counts["rollbacks"],
+            relaunches=incident.relaunches + counts["relaunches"],
             refused_batches=incident.refused_batches + counts["refused_batches"],
             actions=(*incident.actions, *texts)[-ACTIONS_KEPT:],
         )

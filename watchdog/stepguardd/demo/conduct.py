@@ -28,7 +28,15 @@ from stepguard_grpo.model import write_base_model
 from .. import proc
 from ..control.client import ControlClient, ControlError, NoDaemonError
 from ..control.contract import SOCKET_NAME
-from .faults import PAUSE_S, Fault, Scenario, continue_generation, pause_generation, strike
+from .faults import (
+    INSIDE_THE_TRAINER,
+    PAUSE_S,
+    Fault,
+    Scenario,
+    continue_generation,
+    pause_generation,
+    strike,
+)
 from .outcome import Figures, figures
 from .servers import ServerKind, ServerMissingError, ServerProgram, server_program
 from .supervisor import Supervisor
@@ -36,6 +44,11 @@ from .supervisor import Supervisor
 POLL_S: Final = 0.1
 END_TIMEOUT_S: Final = 15.0
 UNGUARDED_AFTER_FAULT_S: Final = 60.0
+_INSIDE_FLAGS: Final = {
+    Fault.TRAJECTORY: "--raise-in-rollout",
+    Fault.NAN: "--nan-at",
+    Fault.POLICY: "--ruin-at",
+}
 RISEN: Final = 0.7
 RISEN_STEPS: Final = 5
 LATEST_FAULT: Final = 0.6
@@ -131,7 +144,8 @@ class Arena:
         self._url = f"http://127.0.0.1:{self._port}"
         self._program = _program(plan.server)
         self._continue_at: float | None = None
-        self._trainer: subprocess.Popen[bytes]
+        self._trainer: subprocess.Popen[bytes] | None = None
+        self._trainer_pid: int | None = None
         self._client: ControlClient | None = None
         self._supervisor: Supervisor | None = None
         self._server_pid: int | None = None
@@ -176,7 +190,13 @@ class Arena:
             environment["STEPGUARD_RUN_DIR"] = str(run_dir)
         else:
             self._await_server(lambda: proc.port_taken(self._port))
-        self._trainer = self._spawn(self._trainer_command(), "trainer.log", environment)
+        if not self._relaunched:
+            self._trainer = self._spawn(self._trainer_command(), "trainer.log", environment)
+
+    @property
+    def _relaunched(self) -> bool:
+        """Whether the daemon starts the trainer: only then can it start it again."""
+        return self._plan.guarded and self._scenario.fault is Fault.TRAINER
 
     def _server_command(self) -> list[str]:
         return self._program.command(self.run_root / "base", self._port)
@@ -185,7 +205,8 @@ class Arena:
         plan, scenario = self._plan, self._scenario
         command = [sys.executable, "-m", "stepguard_grpo.train"]
         command += ["--server-url", self._url, "--run-root", str(self.run_root)]
-        command += ["--steps", str(plan.steps), "--seed", str(plan.seed), "--no-resume"]
+        command += ["--steps", str(plan.steps), "--seed", str(plan.seed)]
+        command += ["--resume" if self._relaunched else "--no-resume"]
         command += ["--weight-sync", self._weight_sync]
         command += ["--failures", scenario.failures if plan.guarded else "zero"]
         command += ["--guard" if plan.guarded else "--no-guard"]
@@ -193,8 +214,9 @@ class Arena:
             command += ["--request-timeout-s", "5"]
         if scenario.fault is Fault.PAUSE:
             command += ["--request-timeout-s", str(4 * PAUSE_S)]
-        if scenario.fault is Fault.TRAJECTORY and plan.fault_step is not None:
-            command += ["--raise-in-rollout", str(plan.fault_step)]
+        flag = _INSIDE_FLAGS.get(scenario.fault)
+        if flag is not None and plan.fault_step is not None:
+            command += [flag, str(plan.fault_step)]
         return command
 
     @property
@@ -251,12 +273,26 @@ class Arena:
         lines += ["[stream]", f"wandb_dir = {json.dumps(str(self.run_root / 'wandb'))}"]
         lines += ["[web]", 'listen = "127.0.0.1:0"']
         lines += ["[weights]"]
+        if self._relaunched:
+            lines = [*lines[:-1], *self._launch_lines(), lines[-1]]
         if self._scenario.weight_sync != "disk":
             # Only the trainer can give a restarted server its weights.
             lines += ['sync = "nccl"']
         else:
             lines += ['sync = "disk"', f"path = {json.dumps(str(weights))}"]
+        lines += ["[recovery]", 'on_policy_collapse = "rollback"']
         return "\n".join(lines) + "\n"
+
+    def _launch_lines(self) -> list[str]:
+        return [
+            "[trainer]",
+            'backend = "process"',
+            f"command = {json.dumps(self._trainer_command())}",
+            f"log = {json.dumps(str(self.root / 'trainer.log'))}",
+            f"cwd = {json.dumps(str(self.root))}",
+            'env = { OMP_NUM_THREADS = "1", WANDB_MODE = "offline" }',
+            'on_stop = "stop"',
+        ]
 
     def _spawn(self, command: list[str], log: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
         with (self.root / log).open("ab") as out:
@@ -284,9 +320,15 @@ class Arena:
 
     def trainer_lives(self) -> Iterator[None]:
         """One turn about ten times a second for as long as the trainer runs."""
-        while self._trainer.poll() is None:
+        while self._trainer_lives():
             yield
             time.sleep(POLL_S)
+
+    def _trainer_lives(self) -> bool:
+        if self._trainer is not None:
+            return self._trainer.poll() is None
+        trainer = self.status().get("trainer") or {}
+        return trainer.get("left") not in {"finished", "stopped"}
 
     def watch(self, progress: Progress, incidents: list[Mapping[str, Any]]) -> None:
         """Take in the daemon's status: its state, its incidents, and what it says it did."""
@@ -296,6 +338,7 @@ class Arena:
         progress.status = status
         servers = status.get("servers") or []
         self._server_pid = servers[0].get("pid") if servers else None
+        self._trainer_pid = (status.get("trainer") or {}).get("pid")
         for key in ("last_incident", "incident"):
             incident = status.get(key)
             if incident is None:
@@ -331,13 +374,15 @@ class Arena:
         if progress.fault_step is not None or fault is Fault.NONE or not progress.records:
             return
         step = progress.records[-1].step
-        if fault is Fault.TRAJECTORY:
+        if fault in INSIDE_THE_TRAINER:
             if self._plan.fault_step is not None and step >= self._plan.fault_step:
                 progress.fault_step = self._plan.fault_step
             return
         if not self._due(progress, step):
             return
         pid = self._server_pid if self._supervisor is None else self._supervisor.pid
+        if fault is Fault.TRAINER:
+            pid = self._trainer_pid if self._trainer is None else self._trainer.pid
         if pid is None:
             return
         if fault is Fault.PAUSE:
@@ -364,8 +409,14 @@ class Arena:
         return (risen and step >= EARLIEST_FAULT * steps) or step >= LATEST_FAULT * steps
 
     def long_enough(self, progress: Progress) -> bool:
-        """An unguarded run whose server hangs would never end: a minute of it shows what there is to see."""
-        if self._plan.guarded or progress.struck_at is None:
+        """
+        What would never end by itself: a run that is locked out, and an unguarded one whose server hangs.
+
+        A minute of the latter shows what there is to see.
+        """
+        if self._plan.guarded:
+            return (progress.status.get("breaker") or {}).get("phase") == "locked_out"
+        if progress.struck_at is None:
             return False
         return time.monotonic() - progress.struck_at > UNGUARDED_AFTER_FAULT_S
 
@@ -379,6 +430,8 @@ class Arena:
 
     def how_it_died(self) -> str | None:
         """The error that ended the trainer; None when it ended by itself or was cut short by the demo."""
+        if self._trainer is None:
+            return None if self._finished() else f"see {self.root / 'trainer.log'}"
         code = self._trainer.poll()
         if code in {None, 0}:
             return None
@@ -386,6 +439,12 @@ class Arena:
             record = json.loads((self.run_root / "run_record.json").read_text())
             return str(record.get("error") or f"exit code {code}")
         return f"exit code {code}; see {self.root / 'trainer.log'}"
+
+    def _finished(self) -> bool:
+        with suppress(OSError, ValueError):
+            record = json.loads((self.run_root / "run_record.json").read_text())
+            return bool(record.get("outcome") == "finished")
+        return False
 
 
 def _program(kind: ServerKind) -> ServerProgram:

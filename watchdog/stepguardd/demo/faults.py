@@ -30,6 +30,9 @@ class Fault(StrEnum):
     TRAJECTORY = "trajectory"
     DETOKENIZER = "detokenizer"
     PAUSE = "pause"
+    TRAINER = "trainer"
+    NAN = "nan"
+    POLICY = "policy"
     NONE = "none"
 
 
@@ -47,6 +50,8 @@ class Scenario:
         failures: what the guarded trainer does with failed rollouts: mask them, or score them 0.
         weight_sync: how the trainer hands its weights over: by disk, or in a group that dies with the server.
         supervised: whether something else than Stepguard restarts the server.
+        rollbacks: how many rollbacks it should take.
+        relaunches: how many relaunches of the trainer it should take.
 
     """
 
@@ -58,6 +63,8 @@ class Scenario:
     failures: str = "mask"
     weight_sync: str = "disk"
     supervised: bool = False
+    rollbacks: int = 0
+    relaunches: int = 0
 
 
 SCENARIOS: dict[Fault, Scenario] = {
@@ -113,6 +120,30 @@ SCENARIOS: dict[Fault, Scenario] = {
         restarts=0,
         holds=0,
     ),
+    Fault.TRAINER: Scenario(
+        fault=Fault.TRAINER,
+        story="SIGKILL to the trainer",
+        expected="hold, a relaunch from the newest proven checkpoint, no garbage step",
+        restarts=0,
+        holds=1,
+        relaunches=1,
+    ),
+    Fault.NAN: Scenario(
+        fault=Fault.NAN,
+        story="one optimizer step with a loss that is NaN",
+        expected="hold, a rollback to the newest proven checkpoint, no garbage step",
+        restarts=0,
+        holds=1,
+        rollbacks=1,
+    ),
+    Fault.POLICY: Scenario(
+        fault=Fault.POLICY,
+        story="a learning rate a thousand times too high for two steps ruins the policy",
+        expected='hold and call, with on_policy_collapse = "rollback" a rollback, no garbage step',
+        restarts=0,
+        holds=1,
+        rollbacks=1,
+    ),
     Fault.NONE: Scenario(
         fault=Fault.NONE,
         story="nothing goes wrong",
@@ -123,13 +154,17 @@ SCENARIOS: dict[Fault, Scenario] = {
 }
 
 
-def strike(fault: Fault, server_pid: int) -> float | None:
+INSIDE_THE_TRAINER: Final = frozenset({Fault.TRAJECTORY, Fault.NAN, Fault.POLICY})
+"""What the trainer is told to do to itself, at a step that is fixed beforehand."""
+
+
+def strike(fault: Fault, pid: int) -> float | None:
     """
     Do it.
 
     Args:
-        fault: what to do to the server; a `trajectory` is the trainer's own doing, a `pause` a call.
-        server_pid: the server's parent process, one of the demo's own.
+        fault: what to do; some are the trainer's own doing, a `pause` is a call.
+        pid: the server's parent process, or the trainer; one of the demo's own.
 
     Returns:
         The moment, in monotonic seconds; None when this fault is not done to a process.
@@ -138,12 +173,16 @@ def strike(fault: Fault, server_pid: int) -> float | None:
         ProcessLookupError: the server has no such process to strike.
 
     """
-    if fault in {Fault.NONE, Fault.TRAJECTORY, Fault.PAUSE}:
+    if fault in {Fault.NONE, Fault.PAUSE} | INSIDE_THE_TRAINER:
         return None
+    if fault is Fault.TRAINER:
+        at = clock.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        return at
     role = "detokenizer" if fault is Fault.DETOKENIZER else "scheduler"
-    struck = [known for known in proc.tree(server_pid) if known.role == role]
+    struck = [known for known in proc.tree(pid) if known.role == role]
     if not struck:
-        raise ProcessLookupError(f"the server (pid {server_pid}) has no {role} to strike")
+        raise ProcessLookupError(f"the server (pid {pid}) has no {role} to strike")
     what = signal.SIGSTOP if fault is Fault.HANG else signal.SIGKILL
     at = clock.monotonic()
     os.kill(struck[0].pid, what)

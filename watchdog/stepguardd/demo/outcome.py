@@ -22,6 +22,7 @@ class Figures:
         holds: times that the trainer was held.
         restarts: of the server, by Stepguard.
         rollbacks: by Stepguard.
+        relaunches: of the trainer, by Stepguard.
         detect_s: from the blow to the hold on the page; None without either.
         recover_s: from the hold to the trainer's going on.
         lost_s: time that brought no good step: the pause at the fault, or the garbage after it.
@@ -35,6 +36,7 @@ class Figures:
     holds: int
     restarts: int
     rollbacks: int
+    relaunches: int
     detect_s: float | None
     recover_s: float | None
     lost_s: float | None
@@ -71,6 +73,7 @@ def figures(
         holds=len(incidents),
         restarts=sum(_count(incident, "restarts") for incident in incidents),
         rollbacks=sum(_count(incident, "rollbacks") for incident in incidents),
+        relaunches=sum(_count(incident, "relaunches") for incident in incidents),
         detect_s=None if opened is None or struck_at is None else round(opened - struck_at, 4),
         recover_s=None if opened is None or resumed is None else round(resumed - opened, 3),
         lost_s=_lost_s(records, fault_step),
@@ -100,6 +103,10 @@ def as_expected(scenario: Scenario, run: Figures) -> list[str]:
         wrong.append(f"{run.restarts} restarts, expected {scenario.restarts}")
     if run.holds != scenario.holds:
         wrong.append(f"{run.holds} holds, expected {scenario.holds}")
+    if run.rollbacks != scenario.rollbacks:
+        wrong.append(f"{run.rollbacks} rollbacks, expected {scenario.rollbacks}")
+    if run.relaunches != scenario.relaunches:
+        wrong.append(f"{run.relaunches} relaunches, expected {scenario.relaunches}")
     if run.died is not None:
         wrong.append(f"the run died: {run.died}")
     return wrong

@@ -264,6 +264,8 @@ def _outcome(scenario: Scenario, guarded: Figures, unguarded: Figures | None) ->
         ("final reward", "final_reward", "{:.3f}"),
         ("holds", "holds", "{}"),
         ("restarts by Stepguard", "restarts", "{}"),
+        ("rollbacks", "rollbacks", "{}"),
+        ("relaunches", "relaunches", "{}"),
         ("fault to hold", "detect_s", "{:.3f} s"),
         ("hold to going on", "recover_s", "{:.2f} s"),
         ("time lost", "lost_s", "{:.1f} s"),

@@ -169,8 +169,8 @@ def _checkpoint_evidence(
 ) -> Iterator[Evidence]:
     """Whether the newest checkpoints are finite and whole."""
     from stepguardd.checkpoints.layouts import LayoutError, find_checkpoints, open_folder  # noqa: PLC0415
-    from stepguardd.checkpoints.verdict import Verdict  # noqa: PLC0415
     from stepguardd.checkpoints.vetting import vet_all  # noqa: PLC0415 - numpy, where there are checkpoints
+    from stepguardd.core.verdict import Verdict  # noqa: PLC0415
 
     try:
         opened = open_folder(folder)

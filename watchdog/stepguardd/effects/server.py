@@ -18,12 +18,12 @@ from urllib.parse import urlsplit
 from .. import proc
 from ..config import ServerSettings
 from ..core.events import Proc
+from . import programs
 from .outcome import Outcome, failed
 from .processes import end, send
 
 SERVER_MARK: Final = "STEPGUARD_SERVER"
 INTENT_MARK: Final = "STEPGUARD_INTENT"
-MANAGER: Final = "STEPGUARD_SYSTEMD"
 LOG_BYTES_MAX: Final = 64 << 20
 
 # SGLang's dumps before a crash keep HTTP a black hole for a minute (research on 0.5.23).
@@ -202,7 +202,7 @@ class SystemdBackend:
     def __init__(self, settings: ServerSettings, systemctl: Sequence[str] = ()) -> None:
         assert settings.unit is not None
         self._unit = settings.unit
-        self._systemctl = tuple(systemctl) or _systemctl()
+        self._systemctl = tuple(systemctl) or programs.systemctl()
         self._known: tuple[Proc, ...] = ()
 
     @property
@@ -263,11 +263,6 @@ class SystemdBackend:
         if child.returncode != 0:
             return failed(f"systemctl {verb} {self._unit}: {stderr.decode('utf-8', 'replace').strip()}")
         return Outcome(ok=True, detail=f"systemctl {verb} {self._unit}")
-
-
-def _systemctl() -> tuple[str, ...]:
-    """The units of a user's manager say so; any other daemon speaks to the machine's."""
-    return ("systemctl", "--user") if os.environ.get(MANAGER) == "user" else ("systemctl",)
 
 
 class ObservedBackend:

@@ -25,6 +25,7 @@ from ..core.events import (
     Proc,
     StepCommitted,
     TrainerExited,
+    TrainerLeft,
     TrainerSeen,
 )
 from ..oneline import utf8
@@ -68,6 +69,10 @@ class ReportSocket:
         self._socket.close()
         self.path.unlink(missing_ok=True)
 
+    def drain(self) -> None:
+        """Take in what has come already: a goodbye counts before the exit that it speaks of."""
+        self._readable()
+
     def _readable(self) -> None:
         # Bounded, so that a trainer that floods the socket cannot starve the rest of the loop.
         for _ in range(REPORTS_PER_WAKE_MAX):
@@ -104,7 +109,16 @@ def event_of(report: Report) -> Event | None:
                 metrics=metrics,
             )
         case "saved":
-            return CheckpointSaved(attempt=report["attempt"], step=report["step"], path=utf8(report["path"]))
+            norms = report["norms"] or {}
+            return CheckpointSaved(
+                attempt=report["attempt"],
+                step=report["step"],
+                path=utf8(report["path"]),
+                norms={utf8(name): number(value) for name, value in norms.items()},
+            )
+        case "bye":
+            detail = utf8(report["detail"])
+            return TrainerLeft(attempt=report["attempt"], why=report["why"], detail=detail)
         case "ack":
             return OrderAcknowledged(
                 generation=report["generation"],
@@ -151,12 +165,14 @@ class TrainerPage:
     Args:
         page: the gate page.
         emit: where the events go.
+        before_exit: called before an exit is told: reports of the dead may still wait.
 
     """
 
-    def __init__(self, page: GatePage, emit: Emit) -> None:
+    def __init__(self, page: GatePage, emit: Emit, before_exit: Callable[[], None] = lambda: None) -> None:
         self._page = page
         self._emit = emit
+        self._before_exit = before_exit
         self._pid: int | None = None
         self._exits = ExitWatch(self._exited)
 
@@ -197,4 +213,5 @@ class TrainerPage:
         self._exits.watch(frozenset({Proc(pid=pid, start_ticks=found.start_ticks, role="trainer")}))
 
     def _exited(self, ended: Proc, code: int | None) -> None:
+        self._before_exit()
         self._emit(TrainerExited(pid=ended.pid, code=code))

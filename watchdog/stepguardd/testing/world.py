@@ -20,7 +20,9 @@ from ..core.commands import (
     PushWeights,
     RunCanary,
     StartServer,
+    StartTrainer,
     StopServer,
+    StopTrainer,
 )
 from ..core.decide import decide
 from ..core.events import (
@@ -36,7 +38,10 @@ from ..core.events import (
     ServerProbed,
     StepCommitted,
     Tick,
+    TrainerExited,
+    TrainerLeft,
     TrainerSeen,
+    TrainerTree,
     TreeSampled,
     TreeSeen,
 )
@@ -129,6 +134,8 @@ class FakeTrainer:
         handles_resync, handles_rollback, handles_save: which handlers it registered.
         listens: False in a long step, in which no guard call looks at the gate.
         can_resync: whether its handler succeeds.
+        managed: whether Stepguard starts it.
+        can_start, can_stop: whether each succeeds.
 
     """
 
@@ -146,7 +153,17 @@ class FakeTrainer:
     listens: bool = True
     can_resync: bool = True
     can_save: bool = True
+    managed: bool = False
+    can_start: bool = True
+    can_stop: bool = True
     stopped: bool = False
+    dead: bool = False
+    starts: list[StartTrainer] = field(default_factory=list)
+
+    @property
+    def procs(self) -> tuple[Proc, ...]:
+        """Its only process, while it lives."""
+        return () if self.dead else (Proc(pid=self.pid, start_ticks=self.pid, role="trainer"),)
 
 
 class World:
@@ -269,6 +286,13 @@ class World:
         fake.procs = tuple(known for known in fake.procs if known is not dead)
         return self.feed(ProcessExited(server=fake.name, proc=dead))
 
+    def kill_trainer(self, code: int | None = -9, *, goodbye: str | None = None) -> tuple[Command, ...]:
+        """The trainer ends, with a word of its guard's before it, or by SIGKILL without one."""
+        if goodbye is not None:
+            self.feed(TrainerLeft(attempt=self.trainer.attempt, why=goodbye))
+        self.trainer.dead = True
+        return self.feed(TrainerExited(pid=self.trainer.pid, code=code))
+
     def ask(self, verb: str, **args: object) -> tuple[Command, ...]:
         """A person's wish."""
         return self.feed(replace(OperatorAsked(verb=verb, who="ada", why="a test"), **args))  # type: ignore[arg-type]
@@ -346,9 +370,10 @@ class World:
                 raise AssertionError(f"a healthy step was not let through: {self.gate}")
 
     def see_trainer(self) -> None:
-        """Read the trainer's page."""
+        """Read the trainer's page; that of a dead one says what it last said."""
         trainer = self.trainer
-        trainer.beats += 1
+        if not trainer.dead:
+            trainer.beats += 1
         self.feed(
             TrainerSeen(
                 pid=trainer.pid,
@@ -377,6 +402,7 @@ class World:
         page = self.gate
         self.state = self.state if lost is None else lost
         waiting = [server.repair.intent for server in self.state.servers if server.repair is not None]
+        waiting += [one.intent for one in (self.state.rollback, self.state.relaunch) if one is not None]
         begun = [c for _, c in self.said if not isinstance(c, PublishGate | Notify) and c.intent in waiting]
         self.feed(
             DaemonStarted(
@@ -426,6 +452,10 @@ class World:
                 self._later(self.servers[effect.server].push_s, lambda: self._push(effect))
             case PrepareRollback():
                 self._later(0.25, lambda: self._prepare(effect))
+            case StopTrainer():
+                self._later(0.25, lambda: self._stop_trainer(effect))
+            case StartTrainer():
+                self._later(0.25, lambda: self._start_trainer(effect))
 
     def _stop(self, effect: StopServer) -> None:
         fake = self.servers[effect.server]
@@ -460,11 +490,32 @@ class World:
         self._end(effect.intent, ok, "" if ok else "it did not load")
 
     def _prepare(self, effect: PrepareRollback) -> None:
-        if self.target is None or self.target[0] >= effect.before_step:
+        before = effect.before_step
+        if self.target is None or (before is not None and self.target[0] >= before):
             self._end(effect.intent, False, "nothing vets good")
             return
         step, path = self.target
         self.feed(EffectEnded(intent=effect.intent, ok=True, target_step=step, target_path=path))
+
+    def _stop_trainer(self, effect: StopTrainer) -> None:
+        ok = self.trainer.can_stop
+        self.trainer.dead = self.trainer.dead or ok
+        self._end(effect.intent, ok, "" if ok else "it survives SIGKILL")
+
+    def _start_trainer(self, effect: StartTrainer) -> None:
+        trainer = self.trainer
+        if not trainer.can_start:
+            self._end(effect.intent, False, "it exited at once")
+            return
+        trainer.starts.append(effect)
+        trainer.dead, trainer.phase, trainer.listens = False, "ROLLOUT", True
+        trainer.pid, trainer.attempt = trainer.pid + 1, trainer.attempt + 1
+        trainer.step = effect.target_step or 0
+        trainer.version = f"v{trainer.step}-{trainer.attempt}"
+        for fake in self.servers.values():
+            if fake.up(self.now) and fake.version is not None:
+                fake.version = trainer.version
+        self._end(effect.intent, True, procs=trainer.procs)
 
     def _probe(self) -> None:
         for fake in self.servers.values():
@@ -498,14 +549,16 @@ class World:
             stage = None if server.repair is None else server.repair.stage.value
             if stage not in {"stop", "start", "backoff"}:
                 self.feed(TreeSeen(server=fake.name, procs=fake.procs))
+        if self.trainer.managed and self.state.relaunch is None:
+            self.feed(TrainerTree(procs=self.trainer.procs))
 
     def _standing(self) -> bool:
-        return self.trainer.listens and self.gate.order is not GateOrder.GO
+        return self.trainer.listens and not self.trainer.dead and self.gate.order is not GateOrder.GO
 
     def _obey(self) -> None:
         """A held trainer carries out each order once, and says so."""
         trainer, gate = self.trainer, self.gate
-        if trainer.stopped or not trainer.listens or gate.generation <= trainer.acked:
+        if trainer.stopped or trainer.dead or not trainer.listens or gate.generation <= trainer.acked:
             return
         trainer.acked = gate.generation
         ok = True

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from stepguardd.checkpoints.verdict import Verdict
+from stepguardd.core.verdict import Verdict
 
 
 class Refusal(StrEnum):
@@ -31,13 +31,14 @@ class Refusal(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A checkpoint as the choice sees it. `healthy_steps` is None offline, where no ledger tells."""
+    """A checkpoint as the choice sees it. `healthy_steps` is None where no ledger tells."""
 
     step: int | None
     path: str
     verdict: Verdict
     reason: str
     healthy_steps: int | None = None
+    inside: bool = False
     set_aside: bool = False
     gone: bool = False
 
@@ -100,6 +101,8 @@ def _refusal(candidate: Candidate, before_step: int, healthy_steps: int) -> tupl
         return Refusal.SET_ASIDE, "was set aside by an earlier rollback"
     if not may_be_chosen(candidate.step, before_step):
         return Refusal.INSIDE_INCIDENT, f"was saved inside the incident, which began at step {before_step}"
+    if candidate.inside:
+        return Refusal.INSIDE_INCIDENT, "was saved inside an earlier incident"
     match candidate.verdict:
         case Verdict.BAD:
             return Refusal.BAD, f"is bad: {candidate.reason}"

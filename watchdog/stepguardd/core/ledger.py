@@ -1,24 +1,26 @@
 """
 What is known about each checkpoint of a run, and which ones must not be lost.
 
-Pure but for the `LedgerStore` protocol, behind which the journal keeps the rows: functions here take rows and
-give rows. It promises that a checkpoint is *proven* only when it vetted good and the wanted number of healthy
-steps followed it without a break in the same attempt, and that the plan for pinning names each copy it cannot
-afford. Making and releasing the copies is `pinning.py`'s task.
+Functions here take rows and give rows. It promises that a checkpoint is *proven* only when it vetted good,
+was not saved inside an incident, and the wanted number of healthy steps followed it without a break in the
+same attempt; and that the plan for pinning names each copy it cannot afford. Making and releasing the copies
+is the task of `checkpoints/pinning.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
-from stepguardd.checkpoints.choice import Candidate, Choice, choose
-from stepguardd.checkpoints.verdict import Verdict, Vetting
+from stepguardd.core.choice import Candidate, Choice, choose
+from stepguardd.core.verdict import Verdict, Vetting
 
 HEALTHY_STEPS = 5
 PINNED_COUNT = 2
+NORMS_KEPT = 64
+# Copies of a slot that wait for their proof: what it takes for saves at each step.
+SLOT_PINS_MAX = 8
 # A parameter norm this many times another is no step of an optimizer.
 NORM_RATIO_MAX = 10.0
 
@@ -29,14 +31,17 @@ class LedgerRow:
     One checkpoint.
 
     step, attempt     of the trainer; a step may come again in a later attempt.
-    path              as the trainer reported it, or as it was found.
+    path              as the trainer reported it.
     verdict, reason   of the last vetting; `unknown` before the first.
     size_bytes        of all its files; 0 before the first vetting.
-    reward, kl,       of the step that was saved; None where the trainer reports none.
-    gradient_norm
-    norms             the trainer's own proof of finite parameters: (name, norm).
+    vetted            whether its files were looked at, whatever came of it.
+    reward            mean of the rewards just before it was saved; None where the trainer reports none.
+    kl, gradient_norm of the newest step before it; the same.
+    norms             the trainer's own proof of finite parameters: (name, norm), at most `NORMS_KEPT`.
     healthy_steps     how many healthy steps have followed it without a break.
+    inside            it was saved inside an incident, or the onset was found to lie before it.
     pinned_path       Stepguard's own copy, or None.
+    unpinned_because  why there is none although there should be; empty where that was not tried.
     set_aside         a rollback moved it to the quarantine.
     gone              it is no longer on disk (rotated away), and no copy was made.
     """
@@ -44,28 +49,26 @@ class LedgerRow:
     step: int
     attempt: int
     path: str
-    framework: str
     verdict: Verdict = Verdict.UNKNOWN
     reason: str = "not vetted yet"
     size_bytes: int = 0
+    vetted: bool = False
     reward: float | None = None
     kl: float | None = None
     gradient_norm: float | None = None
     norms: tuple[tuple[str, float], ...] = ()
     healthy_steps: int = 0
+    inside: bool = False
     pinned_path: str | None = None
+    unpinned_because: str = ""
     set_aside: bool = False
     gone: bool = False
 
 
-class LedgerStore(Protocol):
-    """Where the rows are kept. One row per (attempt, step); writing one again replaces it."""
-
-    def read_rows(self) -> Sequence[LedgerRow]:
-        """Every row, in ascending order of (attempt, step)."""
-
-    def write_rows(self, rows: Iterable[LedgerRow]) -> None:
-        """Keep these rows durably, all or none of them."""
+def kept_norms(norms: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+    """The norms that are remembered: those that are not finite first, then as many as fit, by name."""
+    ranked = sorted(norms.items(), key=lambda item: (math.isfinite(item[1]), item[0]))
+    return tuple(ranked[:NORMS_KEPT])
 
 
 def after_vetting(row: LedgerRow, vetting: Vetting) -> LedgerRow:
@@ -82,13 +85,21 @@ def after_vetting(row: LedgerRow, vetting: Vetting) -> LedgerRow:
     elif verdict is Verdict.UNKNOWN and row.norms:
         verdict = Verdict.GOOD
         reason = f"the trainer reported {len(row.norms)} finite norms; its files: {vetting.reason}"
-    return replace(row, verdict=verdict, reason=reason, size_bytes=vetting.size_bytes or row.size_bytes)
+    size_bytes = vetting.size_bytes or row.size_bytes
+    return replace(row, verdict=verdict, reason=reason, size_bytes=size_bytes, vetted=True)
 
 
-def after_step(rows: Sequence[LedgerRow], *, attempt: int, step: int, healthy: bool) -> list[LedgerRow]:
+def after_step(
+    rows: Sequence[LedgerRow],
+    *,
+    attempt: int,
+    step: int,
+    healthy: bool,
+    proven_after: int = HEALTHY_STEPS,
+) -> list[LedgerRow]:
     """
     The rows that a finished step changes: a healthy one counts for every checkpoint of its attempt saved
-    before it.
+    before it, until it is proven.
 
     A step that was not healthy sets back to zero those that were not proven yet: what follows a checkpoint
     directly is its proof, not what came after a disturbance had passed.
@@ -97,17 +108,18 @@ def after_step(rows: Sequence[LedgerRow], *, attempt: int, step: int, healthy: b
     for row in rows:
         if row.attempt != attempt or row.step >= step:
             continue
-        if healthy:
+        if healthy and row.healthy_steps < proven_after:
             changed.append(replace(row, healthy_steps=row.healthy_steps + 1))
-        elif 0 < row.healthy_steps < HEALTHY_STEPS:
+        elif not healthy and 0 < row.healthy_steps < proven_after:
             changed.append(replace(row, healthy_steps=0))
     return changed
 
 
 def proven(row: LedgerRow, healthy_steps: int = HEALTHY_STEPS) -> bool:
-    """Good, followed by enough healthy steps, and still there."""
+    """Good, of no incident, followed by enough healthy steps, and still there."""
     present = not row.set_aside and not (row.gone and row.pinned_path is None)
-    return row.verdict is Verdict.GOOD and row.healthy_steps >= healthy_steps and present
+    trusted = row.verdict is Verdict.GOOD and not row.inside
+    return trusted and row.healthy_steps >= healthy_steps and present
 
 
 def newest_proven(
@@ -121,14 +133,19 @@ def newest_proven(
         onset_step: the first step of the incident, as estimated; not the step at which it was noticed.
         healthy_steps: how many healthy steps make a proof.
     """
-    newest: dict[int, LedgerRow] = {}
-    for row in sorted(rows, key=lambda r: (r.attempt, not r.set_aside)):
-        newest[row.step] = row
     return choose(
-        [as_candidate(row) for row in newest.values()],
+        [as_candidate(row) for row in newest_by_step(rows).values()],
         before_step=onset_step,
         healthy_steps=healthy_steps,
     )
+
+
+def newest_by_step(rows: Sequence[LedgerRow]) -> dict[int, LedgerRow]:
+    """The row that counts for each step: of its newest attempt, and of those one that is still in place."""
+    newest: dict[int, LedgerRow] = {}
+    for row in sorted(rows, key=lambda r: (r.attempt, not r.set_aside)):
+        newest[row.step] = row
+    return newest
 
 
 def as_candidate(row: LedgerRow) -> Candidate:
@@ -139,6 +156,7 @@ def as_candidate(row: LedgerRow) -> Candidate:
         verdict=row.verdict,
         reason=row.reason,
         healthy_steps=row.healthy_steps,
+        inside=row.inside,
         set_aside=row.set_aside,
         gone=row.gone and row.pinned_path is None,
     )
@@ -177,10 +195,14 @@ def plan_pins(
     copies: bool,
     budget_bytes: int,
     free_bytes: int,
+    slot: bool = False,
 ) -> PinPlan:
     """
     The last `keep` proven checkpoints are to be pinned; older pins are to be released, but only once newer
     ones hold.
+
+    A slot is rewritten before anything in it could be proven: there the good ones since the last proven one
+    are to be pinned as well.
 
     Args:
         rows: the ledger.
@@ -190,8 +212,12 @@ def plan_pins(
             nothing.
         budget_bytes: the most that all pins together may take.
         free_bytes: what the file system has left; a tenth of it is never used.
+        slot: the framework keeps one checkpoint, and rewrites it in place.
     """
     wanted = sorted((r for r in rows if proven(r, healthy_steps)), key=lambda r: (r.attempt, r.step))[-keep:]
+    if slot:
+        newest = (wanted[-1].attempt, wanted[-1].step) if wanted else (-1, -1)
+        wanted += [r for r in rows if (r.attempt, r.step) > newest and proven(r, 0)][-SLOT_PINS_MAX:]
     held = [row for row in rows if row.pinned_path is not None]
     used = sum(row.size_bytes for row in held if row in wanted) if copies else 0
     left = free_bytes - free_bytes // 10

@@ -1,0 +1,60 @@
+"""Other people's command lines (systemctl, docker, ray), asked with a bound on their time and answer."""
+
+import asyncio
+import os
+from dataclasses import dataclass
+from typing import Final
+
+ANSWER_BYTES_MAX: Final = 64 << 10
+MANAGER: Final = "STEPGUARD_SYSTEMD"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """What a program came to. `code` is None when it could not be run, or did not end in time."""
+
+    code: int | None
+    out: str
+    trouble: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether it ended with 0."""
+        return self.code == 0
+
+
+def systemctl() -> tuple[str, ...]:
+    """The units of a user's manager say so; any other daemon speaks to the machine's."""
+    return ("systemctl", "--user") if os.environ.get(MANAGER) == "user" else ("systemctl",)
+
+
+async def ask(*command: str, timeout_s: float) -> Answered:
+    """
+    Run a program to its end.
+
+    Args:
+        command: the program and its arguments; no shell reads it.
+        timeout_s: after this long it is killed.
+
+    """
+    said = " ".join(command[:4])
+    try:
+        child = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+    except OSError as error:
+        return Answered(code=None, out="", trouble=f"cannot run {command[0]}: {error.strerror or error}")
+    try:
+        async with asyncio.timeout(timeout_s):
+            out, err = await child.communicate()
+    except TimeoutError:
+        child.kill()
+        await child.wait()
+        return Answered(code=None, out="", trouble=f"{said} took more than {timeout_s:.0f} s")
+    text = out[:ANSWER_BYTES_MAX].decode("utf-8", "replace").strip()
+    why = err[-2000:].decode("utf-8", "replace").strip()
+    trouble = "" if child.returncode == 0 else f"{said}: {why or text or f'exit code {child.returncode}'}"
+    return Answered(code=child.returncode, out=text, trouble=trouble)
