@@ -7,7 +7,7 @@ import pytest
 from stepguardd.core import relaunch
 from stepguardd.core.breaker import Phase
 from stepguardd.core.commands import PrepareRollback, StartTrainer, StopTrainer
-from stepguardd.core.events import TrainerExited, TrainerTree
+from stepguardd.core.events import Tick, TrainerExited, TrainerTree
 from stepguardd.core.reasons import Reason
 from stepguardd.core.state import Launch, Mode, Settings
 from stepguardd.core.turn import Turn
@@ -129,7 +129,7 @@ def test_a_rank_that_ends_while_steps_go_on_is_none() -> None:
 
 def test_a_hung_trainer_is_ended_and_started_again() -> None:
     world = managed()
-    turn = Turn(world.state, world.now)
+    turn = Turn(world.state, Tick(), world.now)
     relaunch.hung(turn, Reason.RANK_LOST, "no progress for an hour")
     assert turn.state.relaunch is not None
     assert [type(command) for command in turn.commands] == [StopTrainer]
