@@ -162,7 +162,7 @@ def _absorb_mature(baseline: Baseline, value: float, memory: float) -> Baseline:
     innovation = value - fast
     square = innovation * innovation * _FAST_CORRECTION
     if n:
-        edge = 0.5 / n
+        edge = max(0.5 / n, 1e-12)  # 1 - edge must not round to 1
         p = fast if edge <= fast <= 1 - edge else edge
         square *= n / (p * (1 - p))
     if square > 16.0 * noise:
@@ -216,7 +216,7 @@ def absorb_any(config: RewardConfig, baseline: Baseline, value: float, suspiciou
     innovation = value - fast
     square = innovation * innovation * _FAST_CORRECTION
     if n:
-        edge = 0.5 / n
+        edge = max(0.5 / n, 1e-12)  # 1 - edge must not round to 1
         p = fast if edge <= fast <= 1 - edge else edge
         square *= n / (p * (1 - p))
     if square > 16.0 * noise and noise_weight >= 8.0:

@@ -177,7 +177,8 @@ def segment(model: Model, tail: tuple[tuple[int, float], ...]) -> Segment:
 def _variance(model: Model, level: float) -> float:
     if not model.shares:
         return model.sigma * model.sigma
-    p = min(max(level, 0.5 / model.rollouts), 1 - 0.5 / model.rollouts)
+    edge = max(0.5 / model.rollouts, 1e-12)  # 1 - edge must not round to 1
+    p = min(max(level, edge), 1 - edge)
     return p * (1 - p) / model.effective
 
 
