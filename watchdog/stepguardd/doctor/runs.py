@@ -11,11 +11,11 @@ from stepguard.gate import GateError, GatePage
 
 from .. import clock
 from ..checkpoints.layouts import Checkpoint, Folder, LayoutError, find_checkpoints, open_folder, size_bytes
-from ..checkpoints.verdict import Depth, Verdict
 from ..checkpoints.vetting import VettingLimits, vet_all
 from ..config import Config
 from ..control.client import ControlClient, ControlError, NoDaemonError
 from ..control.contract import StatusDict
+from ..core.verdict import Depth, Verdict
 from .findings import Finding, bad, ok, warn
 from .machine import FoundTrainer, Machine
 from .servers import flag, size
