@@ -45,7 +45,10 @@ WORST: dict[str, Any] = {
         "opened_s": 1e9,
         "stage": "s" * 100,
         "actions": ["did " * 100] * 50,
+        "known_to": "somebody " * 40,
     },
+    "gpus": [{"index": i, "used_bytes": 79 << 30, "total_bytes": 80 << 30} for i in range(64)],
+    "host": {"available_bytes": 1 << 30, "total_bytes": 2 << 40, "oom_kills": 10**9},
     "rewards": [i / 60 for i in range(60)],
     "warnings": ["beware " * 100] * 50,
     "refused_batches": 10**9,
@@ -56,13 +59,13 @@ def test_the_worst_case_fits_one_screen() -> None:
     lines = drawn(WORST)
     assert len(lines) < 24, "the prompt needs a line, too"
     assert max(map(len, lines)) <= 80
-    assert any("and 296 more, 100 of them serving" in line for line in lines)
+    assert any("and 297 more, 100 of them serving" in line for line in lines)
 
 
 def test_the_worst_servers_are_shown_first() -> None:
     lines = drawn(WORST)
     head = next(index for index, line in enumerate(lines) if line.startswith("Server"))
-    assert all(" dead, weights " in line for line in lines[head + 1 : head + 5])
+    assert all(" dead, weights " in line for line in lines[head + 1 : head + 4])
 
 
 @pytest.mark.parametrize(
@@ -95,6 +98,26 @@ def test_the_last_incident_is_told_when_none_is_open() -> None:
     }
     text = "\n".join(drawn({**WELL, "last_incident": last}))
     assert "Last incident 7: server_exited, 1 min 30 s ago, closed\n- restarted it" in text.replace("  ", "")
+
+
+def test_gpus_and_host_are_one_line_each_with_what_is_wrong() -> None:
+    gpus = [
+        {"index": 0, "used_bytes": 40 << 30, "total_bytes": 80 << 30},
+        {"index": 1, "used_bytes": None, "total_bytes": None, "lost": True},
+    ]
+    host = {"available_bytes": 12 << 30, "total_bytes": 100 << 30, "oom_kills": 2}
+    text = "\n".join(drawn({**WELL, "gpus": gpus, "host": host}))
+    assert "2, memory 50%, 1 lost" in text
+    assert "12 of 100 GiB of memory available, 2 kills for memory" in text
+    unknown = "\n".join(drawn({**WELL, "gpus": [{}], "host": {"available_bytes": None}}))
+    assert unknown.count("memory unknown") == 2
+
+
+def test_an_incident_names_its_report_and_who_has_it_in_hand() -> None:
+    incident = {"id": 7, "cause": "c", "opened_s": 1.0, "stage": "held", "known_to": "ada: draining it"}
+    text = " ".join("\n".join(drawn({**in_phase("open"), "incident": incident})).split())
+    assert "in hand: ada: draining it" in text
+    assert "stepguard report 7" in text
 
 
 def test_well_means_that_nothing_is_held_or_dead() -> None:
@@ -162,6 +185,15 @@ ANY_JSON = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False
             ),
             "incident": st.none()
             | st.fixed_dictionaries({"actions": st.lists(st.text(max_size=90), max_size=9)}),
+            "gpus": st.none()
+            | st.lists(
+                st.fixed_dictionaries(
+                    {}, optional={"index": ANY_JSON, "used_bytes": ANY_JSON, "total_bytes": ANY_JSON}
+                ),
+                max_size=20,
+            ),
+            "host": st.none()
+            | st.fixed_dictionaries({}, optional={"available_bytes": ANY_JSON, "total_bytes": ANY_JSON}),
             "rewards": st.lists(st.none() | st.floats(-1e6, 1e6), max_size=70),
             "warnings": st.lists(st.text(max_size=90), max_size=5),
         },

@@ -11,12 +11,12 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from stepguardd.control.contract import IncidentDict, ServerDict, StatusDict
+from stepguardd.control.contract import GpuDict, HostDict, IncidentDict, ServerDict, StatusDict
 from stepguardd.oneline import one_line
 from stepguardd.sparkline import sparkline
 
 WIDTH = 80
-SERVERS_MAX = 4
+SERVERS_MAX = 3
 ACTIONS_MAX = 2
 WARNINGS_MAX = 2
 
@@ -59,7 +59,7 @@ def is_well(status: StatusDict) -> bool:
 
 def view(status: StatusDict) -> Group:
     """The whole picture, for rich to print."""
-    parts: list[Text | Table] = [_headline(status), Text(), _facts(status)]
+    parts: list[Text | Table] = [_headline(status), _facts(status)]
     if status.get("servers"):
         parts += [Text(), *_servers(status["servers"])]
     if incident := status.get("incident"):
@@ -91,9 +91,10 @@ def _facts(status: StatusDict) -> Table:
     phase = _cut(breaker.get("phase"), 12).replace("_", " ")
     table.add_row(
         "Breaker",
-        f"{phase} for {_span(breaker.get('since_s'))}" + (f": {reason}" if breaker.get("reason") else ""),
+        f"{phase} for {_span(breaker.get('since_s'))}"
+        + (f": {reason}" if breaker.get("reason") else "")
+        + f"; gate {_cut(gate.get('order'), 9)}",
     )
-    table.add_row("Gate", f"{_cut(gate.get('order'), 9)} (generation {_cut(gate.get('generation'), 12)})")
     alive = {True: Text("alive", "green"), False: Text("gone", "bold red")}.get(
         trainer.get("alive"),  # type: ignore[arg-type]
         Text("not seen", "yellow"),
@@ -115,7 +116,45 @@ def _facts(status: StatusDict) -> Table:
         extra.append(f"{_cut(left, 6)} restarts left")
     if extra:
         table.add_row("Guarded", ", ".join(extra))
+    if gpus := status.get("gpus"):
+        table.add_row("GPUs", _gpus(gpus))
+    if host := status.get("host"):
+        table.add_row("Host", _host(host))
     return table
+
+
+def _gpus(gpus: Sequence[GpuDict]) -> Text:
+    """All of them in one line: how full, the fullest, and what is wrong with any."""
+    shares = {}
+    for gpu in gpus:
+        used, total = gpu.get("used_bytes"), gpu.get("total_bytes")
+        if isinstance(used, int | float) and isinstance(total, int | float) and total > 0:
+            shares[gpu.get("index")] = used / total
+    line = Text(f"{len(gpus)}")
+    if shares:
+        fullest = max(shares, key=lambda index: shares[index])
+        percents = [f"{share:.0%}" for share in list(shares.values())[:8]]
+        more = " …" if len(shares) > 8 else ""
+        line.append(f", memory {' '.join(percents)}{more}")
+        if len(shares) > 8 or shares[fullest] > 0.97:
+            style = "yellow" if shares[fullest] > 0.97 else ""
+            line.append(f", fullest {_cut(fullest, 4)}: {shares[fullest]:.0%}", style)
+    else:
+        line.append(", memory unknown")
+    if lost := [gpu for gpu in gpus if gpu.get("lost")]:
+        line.append(f", {len(lost)} lost", "bold red")
+    return line
+
+
+def _host(host: HostDict) -> Text:
+    available, total = host.get("available_bytes"), host.get("total_bytes")
+    if not isinstance(available, int | float) or not isinstance(total, int | float) or not total:
+        return Text("memory unknown", "dim")
+    style = "bold red" if available < 0.05 * total else "yellow" if available < 0.1 * total else ""
+    line = Text(f"{available / 2**30:.0f} of {total / 2**30:.0f} GiB of memory available", style)
+    if kills := host.get("oom_kills"):
+        line.append(f", {_cut(kills, 6)} kills for memory", "yellow")
+    return line
 
 
 def _reward(status: StatusDict) -> Text:
@@ -174,10 +213,23 @@ def _incident(title: str, incident: IncidentDict) -> list[Text]:
         "bold",
     )
     actions = incident.get("actions") or []
-    return [head, *(_line(f"- {action}", "") for action in actions[-ACTIONS_MAX:])]
+    lines = [head]
+    if known := incident.get("known_to"):
+        lines.append(_line(f"in hand: {known}", "cyan"))
+    return [*lines, *(_line(f"- {action}", "") for action in actions[-ACTIONS_MAX:])]
 
 
 def _advice(status: StatusDict) -> str:
+    """What to do, and where to read on when something happened."""
+    advice = _do(status)
+    incident = status.get("incident") or status.get("last_incident")
+    if incident and incident.get("id") is not None:
+        number = _cut(incident["id"], 9)
+        advice = f"{advice.removesuffix('.')}{'.' if advice else ''} The report: stepguard report {number}"
+    return advice.strip()
+
+
+def _do(status: StatusDict) -> str:
     phase = status.get("breaker", {}).get("phase", "")
     if status.get("trainer", {}).get("alive") is False and phase in {"closed", "half_open", "shadow"}:
         return "The trainer is gone: start it again, with STEPGUARD_RUN_DIR set."

@@ -110,6 +110,7 @@ class IncidentDict(TypedDict, total=False):
     opened_s: float
     held_s: float
     stage: str
+    known_to: str | None
     actions: list[str]
 
 
@@ -117,6 +118,23 @@ class BudgetDict(TypedDict, total=False):
     """What may still be tried without a person."""
 
     restarts_left: int | None
+
+
+class GpuDict(TypedDict, total=False):
+    """One GPU; null is unknown."""
+
+    index: int
+    used_bytes: int | None
+    total_bytes: int | None
+    lost: bool
+
+
+class HostDict(TypedDict, total=False):
+    """The machine's memory; `oom_kills` counts the kernel's kills that were seen."""
+
+    available_bytes: int | None
+    total_bytes: int | None
+    oom_kills: int | None
 
 
 class PageDict(TypedDict, total=False):
@@ -136,6 +154,8 @@ class StatusDict(TypedDict, total=False):
     gate: GateDict
     trainer: TrainerDict
     servers: list[ServerDict]
+    gpus: list[GpuDict] | None
+    host: HostDict | None
     incident: IncidentDict | None
     last_incident: IncidentDict | None
     budget: BudgetDict

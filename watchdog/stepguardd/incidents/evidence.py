@@ -100,7 +100,7 @@ def _facts(row: Recorded, before: State, after: State, passage: Passage) -> Iter
             elif event.model_info is Answer.TIMEOUT:
                 yield Fact.SERVER_HUNG, event.server, "/model_info was not answered in time"
         case BatchReported() if row.seq >= passage.opened.seq:
-            yield from _batch(event, refused=not after.gate.judged_ok or after.trip is not None)
+            yield from _batch(event, tripped=after.trip is not None)
         case StepCommitted():
             yield from _step(event)
         case DaemonStarted() if row.seq > passage.opened.seq:
@@ -134,20 +134,20 @@ def _before_repair(state: State, name: str) -> bool:
     return server is None or server.repair is None
 
 
-def _batch(event: BatchReported, *, refused: bool) -> Iterator[tuple[Fact, str, str]]:
-    """What a batch says; that a good one was complete says nothing about the incident."""
+def _batch(event: BatchReported, *, tripped: bool) -> Iterator[tuple[Fact, str, str]]:
+    """What a batch says; that one was complete says something only where its reward tripped."""
     total = event.ok + event.failed
     if event.failed > max(1, 0.05 * total):
         text = f"{event.failed} of {total} rollouts of step {event.step} failed"
         yield Fact.ABORTED_UP, "guard", text
-    elif refused and total and not event.failed:
+    elif tripped and total and not event.failed:
         yield Fact.COMPLETE, "guard", f"all {total} rollouts of step {event.step} completed"
     if event.stale:
         yield Fact.WEIGHTS_STALE, "guard", f"{event.stale} rollouts of step {event.step} had old weights"
     if event.reward is not None and not isfinite(event.reward):
         yield Fact.NOT_FINITE, "guard", f"the reward of step {event.step} is {event.reward}"
     spread = event.reward_std, event.reward_min, event.reward_max
-    if refused and None not in spread and event.reward_min == event.reward_max and total > 1:
+    if tripped and None not in spread and event.reward_min == event.reward_max and total > 1:
         text = f"all rollouts of step {event.step} scored {event.reward_min:.3g}"
         yield Fact.SAME_SCORES, "guard", text
 

@@ -17,6 +17,7 @@ from ..checkpoints.rollback import undo_command
 from ..core.breaker import Phase
 from ..core.diagnosis import NAMES, Cause, Evidence, Fact, Hypothesis, rank
 from ..core.events import BatchReported, CheckpointSaved, RewardLogged, StepCommitted
+from ..core.reasons import Reason
 from ..core.reward import Kind
 from ..core.state import GateOrder, Incident, Mode, State
 from ..diagnosis.logs import line_evidence
@@ -366,8 +367,6 @@ def _trip(passage: Passage) -> Any:
 
 def _story(history: History, onset: int, seen: int, last: State) -> list[Evidence]:
     """What the curve itself says, where the trip came from the reward."""
-    from ..core.reasons import Reason  # noqa: PLC0415 - only where the reward tripped
-
     steps = history.steps
     first = next((i for i, step in enumerate(steps) if step >= onset), None)
     if first is None:
@@ -483,7 +482,7 @@ def _summary(
     began = f"At {when} UTC{step} " + (
         f"the {first.text}"
         if first is not None and first.kind == "exit"
-        else f"the run was held for {plain(incident.reason.value)}"
+        else _REASONS.get(incident.reason, f"the run was held for {plain(incident.reason.value)}")
     )
     sentences = [began + "."]
     if last.mode is Mode.SHADOW:
@@ -499,6 +498,10 @@ def _summary(
             done.append("the current weights pushed and proven")
         elif incident.resyncs:
             done.append("the current weights handed over by the trainer, and proven")
+        if any(act.kind == "ContinueServer" and act.ok for act in passage.acts):
+            done.append("the stopped process told to go on")
+        if any(act.kind == "RunCanary" and act.ok for act in passage.acts):
+            done.append("the server seen to generate again")
         held = "Stepguard held the trainer before its next optimizer step"
         sentences.append(f"{held}{': ' + ', '.join(done) if done else ', and repaired nothing'}.")
     if incident.refused_batches:
@@ -524,6 +527,22 @@ def _summary(
         case _:
             sentences.append("The trainer is still held.")
     return sentences
+
+
+# What a reason means, where the code alone says too little.
+_REASONS: Final[Mapping[Reason, str]] = {
+    Reason.SERVER_DIED: "a process of the server ended",
+    Reason.SERVER_STOPPED: "a process of the server was found stopped (SIGSTOP, a debugger, a suspend)",
+    Reason.SERVER_HUNG: "the server had requests and gave no token, with idle processors",
+    Reason.SERVER_SPINNING: "the server had requests and gave no token, with busy processors",
+    Reason.SERVER_UNREACHABLE: "the server could not be reached",
+    Reason.REWARD_COLLAPSE: "the reward fell to a floor",
+    Reason.REWARD_START_LEVEL: "the reward fell to the level of the run's first steps",
+    Reason.REWARD_NOT_FINITE: "the reward was not a number",
+    Reason.ROLLOUTS_FAILED: "batch after batch had too many failed rollouts",
+    Reason.OPERATOR_PAUSE: "a person paused the run",
+    Reason.TRAINER_EXITED: "the trainer ended",
+}
 
 
 # What helps once the run goes on again: find the cause, and keep it from coming back.

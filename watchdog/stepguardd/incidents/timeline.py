@@ -15,7 +15,10 @@ from ..core.commands import Notify
 from ..core.events import (
     Answer,
     BatchReported,
+    CheckpointGone,
+    CheckpointPinned,
     CheckpointSaved,
+    CheckpointVetted,
     DaemonStarted,
     EffectEnded,
     Event,
@@ -26,7 +29,9 @@ from ..core.events import (
     StepCommitted,
     Tick,
     TrainerExited,
+    TrainerLeft,
     TrainerSeen,
+    TrainerTree,
     TreeSampled,
     TreeSeen,
 )
@@ -70,7 +75,9 @@ ACTS: Final = {
     "StartServer": "start of",
     "RunCanary": "canary generations on",
     "PushWeights": "weights pushed to",
-    "PrepareRollback": "rollback target found",
+    "PrepareRollback": "search for a checkpoint to go back to",
+    "StopTrainer": "stop of the trainer",
+    "StartTrainer": "start of the trainer",
 }
 
 
@@ -141,8 +148,14 @@ def _event(
 ) -> Iterator[tuple[Plane, str, str, bool]]:
     event: Event = row.event
     match event:
-        case Tick() | TreeSeen() | RewardLogged():
+        case Tick() | TreeSeen() | TrainerTree() | RewardLogged() | CheckpointPinned() | CheckpointGone():
             return
+        case CheckpointVetted():
+            if event.verdict != "good":
+                text = f"checkpoint of step {event.step} vetted {event.verdict}: {event.reason}"
+                yield Plane.TRAINER, "vetted", text, True
+        case TrainerLeft():
+            yield Plane.TRAINER, "left", f"the trainer took its leave: {event.why}", False
         case ProcessExited():
             ours = stopped_by_us(event.server, row.at, acts.values())
             code = "" if event.code is None else f" with code {event.code}"
@@ -259,7 +272,8 @@ def _other(event: object) -> Iterator[tuple[Plane, str, str, bool]]:
         return  # a note tells it, with what came of it
     elif lowered.startswith("trainer"):
         plane = Plane.TRAINER
-    told = ", ".join(
+    said = getattr(event, "text", "") or getattr(event, "line", "")
+    told = str(said) or ", ".join(
         f"{field.name} {shown}"
         for field in fields(event)
         if (shown := _shown(getattr(event, field.name))) is not None

@@ -32,9 +32,9 @@ def write_report(collected: Collected, folder: Path) -> Report:
             write_whole(folder / "logs" / f"{_safe(log.name)}.log", slice_text(log))
     write_whole(folder / "config.toml", _config_text(report))
     write_whole(folder / MARKDOWN, as_markdown(report))
-    write_whole(folder / DATA, to_json(as_json(report)) + "\n")
     with suppress(ModuleNotFoundError):  # a daemon without plotly still tells everything in Markdown
         write_whole(folder / PAGE, as_page(report))
+    write_whole(folder / DATA, to_json(as_json(report)) + "\n")  # the last one: all is there by then
     return report
 
 
