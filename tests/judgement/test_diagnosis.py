@@ -207,3 +207,87 @@ def test_the_command_prints_a_report_or_json(tmp_path: Path, capsys: pytest.Capt
     assert left.value.code == 0
     assert "492 steps trained on nothing" in page.read_text()
     assert "492 steps trained on nothing" in " ".join(capsys.readouterr().out.split())
+
+
+def saved(root: Path, *steps: int, bad: int | None = None) -> None:
+    """Checkpoints as Hugging Face's Trainer writes them; the weights of one are not finite."""
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    for step in steps:
+        folder = root / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        weights = torch.ones(8, 8)
+        if step == bad:
+            weights[3, 3] = float("nan")
+        save_file({"model.weight": weights}, folder / "model.safetensors")
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+
+
+def test_a_checkpoint_that_is_not_finite_is_evidence_for_nan_weights(tmp_path: Path) -> None:
+    values = [*healthy(3), *[float("nan")] * 30]
+    columns(tmp_path / "metrics.csv", reward=values)
+    saved(tmp_path / "checkpoints", 100, 200, 220, bad=220)
+    case = case_of(tmp_path)
+    first = case.hypotheses[0]
+    assert first.cause is Cause.NAN_WEIGHTS
+    assert first.confidence > 0.9
+    line = next(line for line in first.supporting if "checkpoint-220" in line)
+    assert line.startswith("step 220, checkpoint-220: ")
+    assert "model.weight" in line
+    assert [read.rpartition(": ")[2] for read in case.read if "checkpoint-" in read] == ["good", "bad"]
+    assert any("stepguard checkpoints" in advice for advice in case.advice)
+
+
+def test_checkpoints_alone_are_looked_at_and_good_ones_are_no_evidence(tmp_path: Path) -> None:
+    saved(tmp_path, 10, 20)
+    case = case_of(tmp_path)
+    assert case.hypotheses == ()
+    assert len(case.read) == 2
+    saved(tmp_path, 30, bad=30)
+    case = case_of(tmp_path)
+    assert [hypothesis.cause for hypothesis in case.hypotheses] == [Cause.NAN_WEIGHTS]
+    assert "No reward was found to go by" in case.summary
+
+
+def test_logs_that_speak_of_trouble_are_in_the_summary_of_a_run_whose_reward_is_well(tmp_path: Path) -> None:
+    columns(tmp_path / "a.csv", reward=healthy(7))
+    (tmp_path / "s.log").write_text(f"{LINES[Cause.SERVER_CRASH]}\n")
+    report = " ".join(as_markdown(case_of(tmp_path)).split())
+    assert "shows no incident, but something else speaks of trouble: 2026-11-20 10:00:00, s.log:1" in report
+    assert "Nothing was found" not in report
+
+
+def test_what_stepguard_did_itself_is_told_from_its_reports(tmp_path: Path) -> None:
+    columns(tmp_path / "a.csv", reward=healthy(7))
+    folder = tmp_path / "state" / "incidents" / "3"
+    folder.mkdir(parents=True)
+    (folder / "report.json").write_text(json.dumps({"incident": 3, "summary": "It was held."}))
+    (folder.parent / "4").mkdir()
+    (folder.parent / "4" / "report.json").write_text("cut sho")
+    assert case_of(tmp_path).actions == [f"incident 3: It was held; see {folder / 'report.md'}"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["{run}", "--at", "-3"], "--at"),
+        (["{run}", "--metric", "nope"], "no metric 'nope'"),
+        (["{run}/none"], "no such file or folder"),
+        (["{run}/empty.csv"], "empty"),
+        (["{run}/bad.csv"], "bad.csv"),
+        (["{run}", "--html", "{run}/none/x.html"], "No such file or directory"),
+        (["{run}", "--config", "{run}/none.toml"], "none.toml"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    tmp_path: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    columns(tmp_path / "a.csv", reward=healthy(7))
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "bad.csv").write_text("step,reward\nx,1\n")
+    with pytest.raises(SystemExit) as left:
+        main(["diagnose", *(argument.format(run=tmp_path) for argument in arguments)])
+    out, err = capsys.readouterr()
+    assert (left.value.code, out, err.count("\n")) == (2, "", 1)
+    assert words in err

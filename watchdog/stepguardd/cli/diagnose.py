@@ -22,7 +22,7 @@ def diagnose(
     *,
     at: Annotated[
         int | None,
-        typer.Option("--at", metavar="STEP", help="Explain this step. By default the first incident."),
+        typer.Option("--at", metavar="STEP", min=0, help="Explain this step. By default the first incident."),
     ] = None,
     config: Annotated[
         Path | None, typer.Option("--config", "-c", metavar="FILE", help="The configuration to judge by.")

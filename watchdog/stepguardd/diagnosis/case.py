@@ -8,6 +8,7 @@ depth and files.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ __all__ = ["Case", "CaseError", "investigate"]
 
 _DEPTH_MAX = 5
 _FILES_MAX = 5000
+_REPORTS_MAX = 20
 _CHECKPOINTS = 2  # the newest; each is read whole
 _WARNING_BEFORE = 40  # steps that a warning may lie before the step that was asked about
 _STREAMS = {".csv", ".tsv", ".jsonl", ".ndjson", ".wandb"}
@@ -83,6 +85,10 @@ def investigate(
         replays.append(replay(config, history))
     case = Case()
     case.read += [f"{r.history.source}: {len(r.history.steps)} steps of {r.history.metric}" for r in replays]
+    if metric is not None and streams and not replays:
+        raise CaseError(
+            f"no metric {metric!r} in {', '.join(map(str, streams[:3]))}; see: stepguard stream FILE"
+        )
     chosen = max(replays, key=_telling, default=None)
     if chosen is not None:
         case.replayed = chosen
@@ -94,14 +100,50 @@ def investigate(
     case.read += [f"{path}: log" for path in logs]
     for folder in (path for path in paths if path.is_dir()):
         case.evidence += _checkpoint_evidence(folder, case.read, progress)
+    case.actions += _reports(paths)
     if not case.read:
         raise CaseError(
             f"{', '.join(map(str, paths))}: no recorded metrics, no logs and no checkpoints there"
         )
     case.hypotheses = rank(case.evidence) if _is_wrong(case) else ()
-    case.actions = _actions(case)
+    if case.onset_step is None and case.hypotheses:
+        case.summary = _without_incident(case, at)
+    case.actions = case.actions or _actions(case)
     case.advice = _advice(case.hypotheses)
     return case
+
+
+def _without_incident(case: Case, at: int | None) -> str:
+    """What the others say where the reward has no incident."""
+    where = "" if at is None else f" at step {at}"
+    reward = (
+        "No reward was found to go by"
+        if case.replayed is None
+        else f"The reward of {len(case.replayed.history.steps)} steps shows no incident{where}"
+    )
+    first = case.hypotheses[0]
+    return f"{reward}, but something else speaks of trouble: {first.supporting[0]}"
+
+
+def _reports(paths: Sequence[Path]) -> list[str]:
+    """What Stepguard itself reported on incidents of this run."""
+    told = []
+    found = sorted(
+        report
+        for path in paths
+        if path.is_dir()
+        for pattern in ("incidents/*/report.json", "*/incidents/*/report.json")
+        for report in path.glob(pattern)
+    )
+    for report in found[:_REPORTS_MAX]:
+        try:
+            fields = json.loads(report.read_bytes())
+            summary = str(fields["summary"]).rstrip(".")
+            number = int(fields["incident"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        told.append(f"incident {number}: {summary}; see {report.with_name('report.md')}")
+    return told
 
 
 def _telling(result: Replayed) -> tuple[bool, bool, int]:
