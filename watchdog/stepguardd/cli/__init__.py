@@ -7,6 +7,7 @@ command whose extra is not installed says which one to install.
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         code = get_command(_app(wanted)).main(given, prog_name="stepguard", standalone_mode=False)
     except typer.TyperException as wrong:
-        _wrong_use(wrong)
+        _wrong_use(wrong, wanted)
     except typer.Abort:
         print("stepguard: stopped", file=sys.stderr)
         raise SystemExit(1) from None
@@ -136,9 +137,26 @@ def _not_installed(name: str, missing: ModuleNotFoundError) -> NoReturn:
     raise SystemExit(2) from None
 
 
-def _wrong_use(wrong: typer.TyperException) -> NoReturn:
+# The library's words for a value that does not fit, as a person would say them.
+_PLAINER = (
+    (r"Input should be ", "must be "),
+    (r", unable to parse string as an? \w+", ""),
+    (r"Value error, ", ""),
+    (r"Got unexpected extra arguments?(?:\(s\))? \((.*?)\)", r"there is no place for: \1"),
+    (r"\bvalid integer\b", "whole number"),
+    (r"\bvalid number\b", "number"),
+    (r"greater than or equal to", "at least"),
+    (r"less than or equal to", "at most"),
+)
+
+
+def _wrong_use(wrong: typer.TyperException, wanted: str | None) -> NoReturn:
     """One line: what is wrong, and where the right use is written."""
-    command = getattr(getattr(wrong, "ctx", None), "command_path", "stepguard")
+    context = getattr(wrong, "ctx", None)
+    named = f"stepguard {wanted}" if wanted in COMMANDS else "stepguard"
+    command = named if context is None else context.command_path
     text = " ".join(wrong.format_message().split()).rstrip(".")
+    for pattern, plainer in _PLAINER:
+        text = re.sub(pattern, plainer, text)
     print(f"stepguard: {text} (see: {command} --help)", file=sys.stderr)
     raise SystemExit(2)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stepguardd.cli.output import console, print_json
+from stepguardd.cli.output import console, fail, print_json
 from stepguardd.cli.runs import AsJson, ConfigFile
 from stepguardd.oneline import one_line
 
@@ -34,6 +34,8 @@ def doctor(
     It needs no daemon and no config: what runs here is found in /proc. Nothing is changed. Exit code 1 if
     anything is bad.
     """
+    if config is not None and not config.is_file():
+        fail(f"{config}: there is no such file; without --config doctor finds out by itself")
     from rich.markup import escape  # noqa: PLC0415 - with the terminal's things, late
 
     from stepguardd.doctor.examination import examine  # noqa: PLC0415 - httpx, numpy and pydantic, late
