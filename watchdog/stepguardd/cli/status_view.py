@@ -87,13 +87,12 @@ def _facts(status: StatusDict) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(width=WIDTH - 12, no_wrap=True, overflow="ellipsis")
     breaker, gate, trainer = status.get("breaker", {}), status.get("gate", {}), status.get("trainer", {})
-    reason = _cut(breaker.get("reason"), 40)
+    reason = _cut(breaker.get("reason"), WIDTH)
     phase = _cut(breaker.get("phase"), 12).replace("_", " ")
     table.add_row(
         "Breaker",
-        f"{phase} for {_span(breaker.get('since_s'))}"
-        + (f": {reason}" if breaker.get("reason") else "")
-        + f"; gate {_cut(gate.get('order'), 9)}",
+        f"{phase} for {_span(breaker.get('since_s'))}, gate {_cut(gate.get('order'), 9)}"
+        + (f": {reason}" if breaker.get("reason") else ""),
     )
     alive = {True: Text("alive", "green"), False: Text("gone", "bold red")}.get(
         trainer.get("alive"),  # type: ignore[arg-type]
