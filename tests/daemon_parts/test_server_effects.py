@@ -19,15 +19,12 @@ from grpo.server_process import free_port
 from stepguardd import proc
 from stepguardd.config import ServerSettings
 from stepguardd.core.events import Proc
-from stepguardd.effects.server import (
-    ObservedBackend,
-    ProcessBackend,
-    SystemdBackend,
-    backend,
-    port_of,
-    program_missing,
-    resume,
-)
+from stepguardd.effects.backends import backend
+from stepguardd.effects.backends.contract import port_of
+from stepguardd.effects.backends.none import ObservedBackend
+from stepguardd.effects.backends.process import ProcessBackend, program_missing
+from stepguardd.effects.backends.systemd import SystemdBackend
+from stepguardd.effects.processes import resume
 
 LISTENER = (
     "import socket, sys, time, subprocess; "
@@ -250,7 +247,6 @@ def test_an_observed_server_is_neither_started_nor_ended() -> None:
     watching = ObservedBackend(ServerSettings(url="http://127.0.0.1:1", backend="none"))
     assert not asyncio.run(watching.start("1-start")).ok
     assert not asyncio.run(watching.stop(())).ok
-    assert not watching.managed
 
 
 @pytest.mark.parametrize(
@@ -291,7 +287,7 @@ def unit(tmp_path: Path) -> Iterator[SystemdBackend]:
     command.write_text(SYSTEMCTL.format(folder=tmp_path))
     command.chmod(command.stat().st_mode | stat.S_IXUSR)
     given = ServerSettings(url="http://127.0.0.1:1", backend="systemd", unit="sglang.service")
-    yield SystemdBackend(given, systemctl=(str(command),))
+    yield SystemdBackend(given, systemctl=(str(command),), drop_ins=tmp_path / "drop-ins")
     subprocess.run([str(command), "stop"], check=False, timeout=10)
 
 
@@ -329,15 +325,25 @@ def test_a_machine_without_systemctl_says_so() -> None:
     missing = SystemdBackend(given, systemctl=("/nowhere/systemctl",))
     assert missing.find() == ()
     outcome = asyncio.run(missing.start("1-start"))
-    assert (outcome.ok, outcome.detail) == (False, "cannot run systemctl: No such file or directory")
+    assert (outcome.ok, outcome.detail) == (False, "cannot run /nowhere/systemctl: No such file or directory")
 
 
 def test_each_backend_is_the_one_that_the_config_names(tmp_path: Path) -> None:
     url = "http://127.0.0.1:1"
-    kinds = [
-        backend("r", ServerSettings(url=url, command=["true"]), tmp_path),
-        backend("r", ServerSettings(url=url, backend="systemd", unit="a.service"), tmp_path),
-        backend("r", ServerSettings(url=url, backend="none"), tmp_path),
+    given = {
+        "process": {"command": ["true"]},
+        "systemd": {"unit": "a.service"},
+        "docker": {"container": "a"},
+        "ray": {"actor": "a"},
+        "http": {"hook": "http://127.0.0.1:1/restart"},
+        "trainer": {},
+        "none": {},
+    }
+    kinds = {
+        name: type(backend("r", ServerSettings(url=url, backend=name, **keys), tmp_path)).__name__  # type: ignore[arg-type]
+        for name, keys in given.items()
+    }
+    assert list(kinds.values()) == [
+        *("ProcessBackend", "SystemdBackend", "DockerBackend", "RayBackend", "HookBackend"),
+        *("TrainerBackend", "ObservedBackend"),
     ]
-    assert [type(kind).__name__ for kind in kinds] == ["ProcessBackend", "SystemdBackend", "ObservedBackend"]
-    assert [kind.managed for kind in kinds] == [True, True, False]

@@ -27,9 +27,9 @@ from .core.commands import (
 )
 from .core.events import EffectEnded, Event
 from .core.state import State
-from .effects import server as servers
 from .effects.canary import canary
 from .effects.outcome import Outcome, failed
+from .effects.processes import resume
 from .effects.rollback import prepare
 from .effects.trainer import Resume
 from .effects.weights import push
@@ -159,7 +159,7 @@ class Acting:
         recovery = self._config.recovery
         match effect:
             case ContinueServer():
-                return await servers.resume(effect.procs)
+                return await resume(effect.procs)
             case StopServer():
                 async with server.changing:
                     outcome = await server.backend.stop(effect.procs)
@@ -167,7 +167,7 @@ class Acting:
                 return outcome
             case StartServer():
                 async with server.changing:
-                    outcome = await server.backend.start(effect.intent)
+                    outcome = await server.backend.start(effect.intent, dict(effect.arguments))
                     server.adopt(outcome.procs)
                 return outcome
             case RunCanary():

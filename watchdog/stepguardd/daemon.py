@@ -36,8 +36,8 @@ from .core.commands import (
 from .core.decide import decide
 from .core.events import DaemonStarted, EffectEnded, Event, OperatorAsked, Tick
 from .core.state import GateOrder, Mode, Server, State, initial
-from .effects import server as servers
 from .effects import trainer as trainers
+from .effects.backends.process import ProcessBackend, program_missing
 from .effects.gate import GateWriter
 from .effects.keeper import Keeper
 from .effects.programs import systemctl
@@ -150,7 +150,7 @@ class Daemon:
         """Take the run's lock, journal, gate page and sockets, in this order; all or nothing."""
         run = self.config.run
         for settings in self.config.servers:
-            trouble = servers.program_missing(settings)
+            trouble = program_missing(settings)
             if trouble is not None:
                 raise DaemonError(trouble)
         for folder, key in ((run.run_dir, "run.run_dir"), (run.state_dir, "run.state_dir")):
@@ -225,8 +225,9 @@ class Daemon:
     def _refuse_strangers(self) -> None:
         """Nothing is known of this run yet, and somebody else sits on a server's port: a wrong config."""
         for settings in self.config.servers:
-            backend = servers.backend(identity(self.config), settings, Path(os.devnull))
-            blocked = backend.blocked() if isinstance(backend, servers.ProcessBackend) else None
+            if settings.backend != "process":
+                continue
+            blocked = ProcessBackend(identity(self.config), settings, Path(os.devnull)).blocked()
             if blocked is not None:
                 raise DaemonError(f"servers.url: {blocked}")
 
@@ -293,7 +294,7 @@ class Daemon:
         stop_servers = self._taken_up and self.config.run.servers_on_stop == "stop"
         for server in self._servers.values():
             server.processes.close()
-            if stop_servers and server.backend.managed:
+            if stop_servers and server.settings.backend == "process":
                 await server.backend.stop(server.backend.find())
             await server.http.aclose()
         if self._trainer is not None:

@@ -101,6 +101,17 @@ def unmistaken(proc: Proc) -> bool:
     return found is None or found.start_ticks == proc.start_ticks
 
 
+def started_at(pid: int) -> float | None:
+    """When a process began, in seconds of the wall clock; None where there is none that can be read."""
+    found = stat(pid)
+    if found is None or found.dead:
+        return None
+    for line in (_PROC / "stat").read_text().splitlines():
+        if line.startswith("btime "):
+            return int(line.split()[1]) + found.start_ticks / _TICKS_PER_S
+    return None
+
+
 def tree(root_pid: int) -> tuple[Proc, ...]:
     """
     The live processes that belong to a root: its descendants, and the rest of its session.

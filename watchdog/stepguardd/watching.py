@@ -8,7 +8,8 @@ from . import clock, proc
 from .config import Config
 from .core.events import Event, Proc
 from .core.state import Server, ServerState, Stage
-from .effects import server as servers
+from .effects.backends import backend
+from .effects.backends.contract import port_of
 from .incidents.collected import SCRAPE_BYTES_MAX, SCRAPE_EVERY_S, SERVERS_SCRAPED_MAX, Scrape
 from .sources import sglang
 from .sources.process import ServerProcesses
@@ -26,7 +27,7 @@ class WatchedServer:
         self.settings = config.servers[index]
         default_log = config.run.state_dir / "servers" / f"{self.settings.name}.log"
         self.log = self.settings.log or default_log
-        self.backend = servers.backend(identity(config), self.settings, self.log)
+        self.backend = backend(identity(config), self.settings, self.log)
         self.http = sglang.client(self.settings.url, config.probe.timeout_s)
         self.processes = ServerProcesses(self.settings.name, self.backend.find, emit)
         self.changing = asyncio.Lock()
@@ -56,7 +57,7 @@ class WatchedServer:
 
     def answers_itself(self) -> bool | None:
         """Whether the server's own tree holds its port; None where that cannot be seen."""
-        port = servers.port_of(self.settings.url)
+        port = port_of(self.settings.url)
         procs = self.backend.find()
         if port is None or not procs:
             return None

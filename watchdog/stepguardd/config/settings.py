@@ -91,6 +91,9 @@ class RunSettings(Section):
         return self
 
 
+_NEEDED_KEYS = {"systemd": "unit", "docker": "container", "ray": "actor", "http": "hook"}
+
+
 class ServerSettings(Section):
     """
     One inference server. Repeat the table for several; a single one may also be written as `[server]`.
@@ -105,16 +108,18 @@ class ServerSettings(Section):
         description="Where it answers: scheme, host and port.",
         examples=["http://127.0.0.1:30000"],
     )
-    backend: Literal["process", "systemd", "none"] = Field(
+    backend: Literal["process", "systemd", "docker", "ray", "http", "trainer", "none"] = Field(
         default="process",
         description='Who starts it: "process" = Stepguard, as its own child, by `command`; "systemd" = '
-        "the unit "
-        '`unit`; "none" = somebody else: Stepguard watches it, holds the run when it fails, and never '
-        "restarts it.",
+        'the unit `unit`; "docker" = docker, the container `container`; "ray" = the trainer, once '
+        'Stepguard has killed the actor `actor`; "http" = whoever answers at `hook`; "trainer" = the '
+        'trainer, in whose processes it lives (verl), under the order RESYNC; "none" = somebody else: '
+        "Stepguard watches it, holds the run when it fails, and never restarts it.",
     )
     command: tuple[str, ...] = Field(
         default=(),
-        description='The program and its arguments, for backend "process". No shell reads it.',
+        description='The program and its arguments, for backend "process". No shell reads it. For backend '
+        '"docker": what follows `docker run --name …`: options, the image, the server\'s arguments.',
         examples=[["python", "-m", "sglang.launch_server", "--model-path", "…", "--port", "30000"]],
     )
     cwd: LocalPath | None = Field(
@@ -132,6 +137,35 @@ class ServerSettings(Section):
         pattern=r"^[A-Za-z0-9:_.\\@-]+\.service$",
         description='The systemd unit, for backend "systemd".',
         examples=["sglang.service"],
+    )
+    container: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        description='The container\'s name, for backend "docker". With `command` Stepguard makes it anew for '
+        "each start; without, it is started and stopped as it is.",
+        examples=["sglang"],
+    )
+    actor: str | None = Field(
+        default=None,
+        min_length=1,
+        description='The name of the actor that holds the server, for backend "ray". Stepguard kills it; the '
+        "trainer, or Ray, makes it again.",
+        examples=["rollout-engine-0"],
+    )
+    ray_address: str = Field(
+        default="auto",
+        min_length=1,
+        description='The Ray cluster, for backend "ray". "auto" is this machine\'s.',
+    )
+    ray_namespace: str = Field(
+        default="default", min_length=1, description="The Ray namespace in which the actor has its name."
+    )
+    hook: SecretStr | None = Field(
+        default=None,
+        description='The URL that is asked to stop and to start the server, for backend "http": a POST of '
+        '{"action": "stop" or "start", "server", "intent", "arguments"}, answered 2xx when it is done. '
+        "Never printed: it may carry a token.",
+        examples=["https://cluster.internal/restart"],
     )
     log: LocalPath | None = Field(
         default=None,
@@ -162,8 +196,11 @@ class ServerSettings(Section):
     def _backend_has_its_key(self) -> Self:
         if self.backend == "process" and not self.command:
             raise ValueError('command is missing: backend "process" needs it (or set backend = "none")')
-        if self.backend == "systemd" and not self.unit:
-            raise ValueError('unit is missing: backend "systemd" needs it')
+        for backend, key in _NEEDED_KEYS.items():
+            if self.backend == backend and not getattr(self, key):
+                raise ValueError(f'{key} is missing: backend "{backend}" needs it')
+        if self.hook is not None and urlsplit(self.hook.get_secret_value()).scheme not in {"http", "https"}:
+            raise ValueError("hook must begin with http:// or https://")
         return self
 
     def environment(self) -> dict[str, str]:
@@ -744,7 +781,7 @@ def warnings(config: Config) -> list[str]:
                 f"127.0.0.1, and let "
                 "the server listen there too: it has no passwords"
             )
-        if server.command and not _is_runnable(server):
+        if server.backend == "process" and not _is_runnable(server):
             found.append(
                 f"servers.{server.name}.command: {server.command[0]!r} is not found or may not be executed"
             )

@@ -41,10 +41,15 @@ class StopServer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartServer:
-    """Start a server. The process carries the intent, so that it is found again and never started twice."""
+    """
+    Start a server. The process carries the intent, so that it is found again and never started twice.
+
+    `arguments` are SGLang's flags that are to have another value than the server's own command gives them.
+    """
 
     intent: str
     server: str
+    arguments: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

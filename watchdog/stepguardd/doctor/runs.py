@@ -271,7 +271,7 @@ def check_checkpoints(
 def check_ports(machine: Machine, config: Config | None) -> Iterator[Finding]:
     """Whether the ports of the config belong to the servers that are meant."""
     from .. import proc  # noqa: PLC0415 - only where a config names ports
-    from ..effects.server import port_of  # noqa: PLC0415 - as above
+    from ..effects.backends.contract import port_of  # noqa: PLC0415 - as above
 
     for server in config.servers if config is not None else ():
         port = port_of(server.url)

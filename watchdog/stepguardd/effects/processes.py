@@ -9,6 +9,7 @@ from typing import Final
 
 from .. import proc
 from ..core.events import Proc
+from .outcome import Outcome
 
 _POLL_S: Final = 0.02
 
@@ -58,3 +59,9 @@ async def end(procs: tuple[Proc, ...], *, grace_s: float, timeout_s: float) -> t
         await gone(procs, grace_s)
     send(procs, signal.SIGKILL)
     return await gone(procs, timeout_s)
+
+
+async def resume(procs: tuple[Proc, ...]) -> Outcome:
+    """Send SIGCONT. Whether it helped, the next sample of /proc tells."""
+    sent = send(procs, signal.SIGCONT)
+    return Outcome(ok=sent > 0, detail=f"SIGCONT sent to {sent} of {len(procs)} processes")

@@ -1,0 +1,143 @@
+"""
+The server as a systemd unit of its own.
+
+Changed arguments go into a drop-in that repeats the unit's own ExecStart with them at its end; SGLang takes
+the last word on a flag. The drop-in lies under /run (a user's: $XDG_RUNTIME_DIR), so a reboot forgets it.
+"""
+
+import asyncio
+import os
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+
+from ... import proc
+from ...config import ServerSettings
+from ...core.events import Proc
+from .. import programs
+from ..outcome import Outcome, failed
+from ..processes import end
+from .command import Done, run
+from .contract import PORT_FREE_S, Arguments, port_freed, port_of, rooted, taken
+
+DROP_IN: Final = "60-stepguard-arguments.conf"
+
+
+class SystemdBackend:
+    """
+    A unit; the daemon needs leave to start and stop it.
+
+    Args:
+        settings: the server's table of the config.
+        systemctl: the command; by default to the manager that runs the daemon.
+        drop_ins: where that manager looks for drop-ins that a reboot may forget.
+
+    """
+
+    def __init__(
+        self, settings: ServerSettings, systemctl: Sequence[str] = (), drop_ins: Path | None = None
+    ) -> None:
+        assert settings.unit is not None
+        self._unit = settings.unit
+        self._port = port_of(settings.url)
+        self._systemctl = tuple(systemctl) or programs.systemctl()
+        self._drop_in = (drop_ins or _drop_ins()) / f"{self._unit}.d" / DROP_IN
+        self._known: tuple[Proc, ...] = ()
+
+    @property
+    def quick(self) -> bool:
+        """While its main process lives."""
+        return rooted(self._known)
+
+    def find(self) -> tuple[Proc, ...]:
+        """The processes of the unit's main process; systemd is asked for it only once it is gone."""
+        self._known = proc.family(self._known) or self._shown()
+        return self._known
+
+    def _shown(self) -> tuple[Proc, ...]:
+        command = [*self._systemctl, "show", "--property=MainPID", "--value", self._unit]
+        try:
+            shown = subprocess.run(
+                command, capture_output=True, timeout=5.0, check=False, stdin=subprocess.DEVNULL
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return ()
+        text = shown.stdout.strip()
+        return proc.tree(int(text)) if text.isdigit() and int(text) > 0 else ()
+
+    async def start(self, intent: str, arguments: Arguments = MappingProxyType({})) -> Outcome:
+        """`systemctl start` is an ensure by itself: a unit that runs is left running."""
+        del intent
+        unchanged = await self._set_arguments(arguments)
+        done = await self._ask("start")
+        if not done.ok:
+            return failed(done.error)
+        detail = f"; arguments unchanged: {unchanged}" if unchanged else ""
+        detail = f"systemctl start {self._unit}{detail}"
+        return Outcome(ok=True, detail=detail, procs=await asyncio.to_thread(self.find))
+
+    async def stop(self, procs: tuple[Proc, ...]) -> Outcome:
+        """Stop the unit, then see that no process of the old tree is left and the port free."""
+        done = await self._ask("stop")
+        if not done.ok:
+            return failed(done.error)
+        left = await end(procs, grace_s=0.0, timeout_s=PORT_FREE_S)
+        if left:
+            return failed(f"{len(left)} processes survive SIGKILL")
+        if not await port_freed(self._port):
+            return failed(taken(self._port or 0))
+        return Outcome(ok=True, detail=f"systemctl stop {self._unit}")
+
+    async def _set_arguments(self, arguments: Arguments) -> str:
+        """Write the drop-in, or take it away; returns why that could not be done, "" when it was."""
+        try:
+            if not arguments:
+                if not self._drop_in.exists():
+                    return ""
+                self._drop_in.unlink()
+            else:
+                shown = await run(*self._systemctl, "cat", self._unit)
+                line = _exec_start(shown.output)
+                if line is None:
+                    return shown.error or f"{self._unit} has no ExecStart of one command"
+                added = " ".join(f"{flag} {value}" for flag, value in arguments.items())
+                text = f"[Service]\nExecStart=\nExecStart={line} {added}\n"
+                with suppress(FileNotFoundError):
+                    if self._drop_in.read_text() == text:
+                        return ""
+                self._drop_in.parent.mkdir(parents=True, exist_ok=True)
+                self._drop_in.write_text(text)
+        except OSError as error:
+            return f"cannot write {self._drop_in}: {error.strerror}"
+        return (await run(*self._systemctl, "--no-ask-password", "daemon-reload")).error
+
+    async def _ask(self, verb: str) -> Done:
+        return await run(
+            *self._systemctl, "--no-ask-password", verb, self._unit, shown=("systemctl", verb, self._unit)
+        )
+
+
+def _exec_start(units: str) -> str | None:
+    """
+    The ExecStart that holds, out of `systemctl cat`; None where there is none, or more than one.
+
+    Stepguard's own drop-in does not count, and an empty ExecStart takes back those before it.
+    """
+    lines: list[str] = []
+    ours = False
+    for line in units.replace("\\\n", " ").splitlines():
+        if line.startswith("# /"):
+            ours = line.rstrip().endswith(f"/{DROP_IN}")
+        key, equals, value = line.strip().partition("=")
+        if not ours and equals and key.strip() == "ExecStart":
+            lines = [*lines, value.strip()] if value.strip() else []
+    return lines[0] if len(lines) == 1 else None
+
+
+def _drop_ins() -> Path:
+    if os.environ.get(programs.MANAGER) == "user":
+        return Path(os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{os.getuid()}")) / "systemd" / "user"
+    return Path("/run/systemd/system")
