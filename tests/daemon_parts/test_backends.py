@@ -29,12 +29,12 @@ from daemon_parts.conftest import until
 from grpo.server_process import free_port
 from stepguardd import proc
 from stepguardd.config import ServerSettings
+from stepguardd.effects.backends.actor import RayBackend
 from stepguardd.effects.backends.contract import Backend, overlaid, value_of
 from stepguardd.effects.backends.docker import DockerBackend
 from stepguardd.effects.backends.http import HookBackend
 from stepguardd.effects.backends.none import ObservedBackend
 from stepguardd.effects.backends.process import ProcessBackend
-from stepguardd.effects.backends.ray import RayBackend
 from stepguardd.effects.backends.systemd import SystemdBackend
 from stepguardd.effects.backends.trainer import TrainerBackend
 

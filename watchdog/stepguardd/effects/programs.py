@@ -28,16 +28,17 @@ def systemctl() -> tuple[str, ...]:
     return ("systemctl", "--user") if os.environ.get(MANAGER) == "user" else ("systemctl",)
 
 
-async def ask(*command: str, timeout_s: float) -> Answered:
+async def ask(*command: str, timeout_s: float, shown: str = "") -> Answered:
     """
     Run a program to its end.
 
     Args:
         command: the program and its arguments; no shell reads it.
         timeout_s: after this long it is killed.
+        shown: how trouble calls it; by default its first four words.
 
     """
-    said = " ".join(command[:4])
+    said = shown or " ".join(command[:4])
     try:
         child = await asyncio.create_subprocess_exec(
             *command,

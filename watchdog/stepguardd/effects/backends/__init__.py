@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from ...config import ServerSettings
+from .actor import RayBackend
 from .contract import Backend
 from .docker import DockerBackend
 from .http import HookBackend
 from .none import ObservedBackend
 from .process import ProcessBackend
-from .ray import RayBackend
 from .systemd import SystemdBackend
 from .trainer import TrainerBackend
 

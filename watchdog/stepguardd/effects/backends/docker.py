@@ -18,8 +18,18 @@ from ...config import ServerSettings
 from ...core.events import Proc
 from ..outcome import Outcome, failed
 from ..processes import gone
-from .command import Done, run
-from .contract import NO_DUMPS, PORT_FREE_S, Arguments, overlaid, port_freed, port_of, rooted, taken
+from ..programs import Answered, ask
+from .contract import (
+    COMMAND_TIMEOUT_S,
+    NO_DUMPS,
+    PORT_FREE_S,
+    Arguments,
+    overlaid,
+    port_freed,
+    port_of,
+    rooted,
+    taken,
+)
 
 INTENT_LABEL: Final = "stepguard.intent"
 SERVER_LABEL: Final = "stepguard.server"
@@ -84,12 +94,12 @@ class DockerBackend:
             unchanged = "; arguments unchanged: servers.command is empty" if arguments else ""
             return await self._begun(done, f"docker start {self._name}{unchanged}")
         shown = await self._ask("inspect", "--type", "container", self._name)
-        if _label(shown.output) == f"{self._mark}/{intent}" and _state(shown.output).get("Running") is True:
+        if _label(shown.out) == f"{self._mark}/{intent}" and _state(shown.out).get("Running") is True:
             return await self._begun(shown, "found running")
         if shown.ok:
             removed = await self._ask("rm", "--force", self._name)
             if not removed.ok:
-                return failed(removed.error)
+                return failed(removed.trouble)
         words = ["run", "--detach", "--name", self._name]
         words += [
             "--label",
@@ -108,8 +118,8 @@ class DockerBackend:
         done = await self._ask(
             "stop", "--time", f"{grace_s:.0f}", self._name, timeout_s=grace_s + PORT_FREE_S
         )
-        if not done.ok and "no such container" not in done.error.lower():
-            return failed(done.error)
+        if not done.ok and "no such container" not in done.trouble.lower():
+            return failed(done.trouble)
         left = await gone(procs, PORT_FREE_S)
         if left:
             return failed(f"the container has stopped, and pid {left[0].pid} of it still runs")
@@ -118,16 +128,14 @@ class DockerBackend:
         self._known = ()
         return Outcome(ok=True, detail=f"docker stop {self._name}")
 
-    async def _begun(self, done: Done, detail: str) -> Outcome:
+    async def _begun(self, done: Answered, detail: str) -> Outcome:
         if not done.ok:
-            return failed(done.error)
+            return failed(done.trouble)
         return Outcome(ok=True, detail=detail, procs=await asyncio.to_thread(self.find))
 
-    async def _ask(self, *words: str, timeout_s: float | None = None) -> Done:
-        shown = ("docker", words[0], self._name)  # never the values of its environment
-        if timeout_s is None:
-            return await run(self._docker, *words, shown=shown)
-        return await run(self._docker, *words, shown=shown, timeout_s=timeout_s)
+    async def _ask(self, *words: str, timeout_s: float = COMMAND_TIMEOUT_S) -> Answered:
+        shown = f"docker {words[0]} {self._name}"  # never the values of its environment
+        return await ask(self._docker, *words, timeout_s=timeout_s, shown=shown)
 
 
 def _inspection(text: str) -> Mapping[str, Any]:

@@ -1,12 +1,13 @@
 """`python -m stepguardd.effects.backends.ray_actor ADDRESS NAMESPACE NAME`: kills one actor, and says so."""
 
+import importlib
 import sys
 
 
 def main(address: str, namespace: str, name: str) -> int:
     """0: it is dead, or there is none of that name; 1: the cluster was not reached, or Ray is not here."""
     try:
-        import ray  # noqa: PLC0415 - an extra, and slow to import
+        ray = importlib.import_module("ray")  # an extra, and slow to import: in this process alone
     except ImportError:
         print("ray is not installed beside the daemon; pip install 'stepguard[ray]'", file=sys.stderr)
         return 1

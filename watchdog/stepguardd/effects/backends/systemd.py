@@ -20,8 +20,7 @@ from ...core.events import Proc
 from .. import programs
 from ..outcome import Outcome, failed
 from ..processes import end
-from .command import Done, run
-from .contract import PORT_FREE_S, Arguments, port_freed, port_of, rooted, taken
+from .contract import COMMAND_TIMEOUT_S, PORT_FREE_S, Arguments, port_freed, port_of, rooted, taken
 
 DROP_IN: Final = "60-stepguard-arguments.conf"
 
@@ -74,7 +73,7 @@ class SystemdBackend:
         unchanged = await self._set_arguments(arguments)
         done = await self._ask("start")
         if not done.ok:
-            return failed(done.error)
+            return failed(done.trouble)
         detail = f"; arguments unchanged: {unchanged}" if unchanged else ""
         detail = f"systemctl start {self._unit}{detail}"
         return Outcome(ok=True, detail=detail, procs=await asyncio.to_thread(self.find))
@@ -83,7 +82,7 @@ class SystemdBackend:
         """Stop the unit, then see that no process of the old tree is left and the port free."""
         done = await self._ask("stop")
         if not done.ok:
-            return failed(done.error)
+            return failed(done.trouble)
         left = await end(procs, grace_s=0.0, timeout_s=PORT_FREE_S)
         if left:
             return failed(f"{len(left)} processes survive SIGKILL")
@@ -99,10 +98,10 @@ class SystemdBackend:
                     return ""
                 self._drop_in.unlink()
             else:
-                shown = await run(*self._systemctl, "cat", self._unit)
-                line = _exec_start(shown.output)
+                shown = await programs.ask(*self._systemctl, "cat", self._unit, timeout_s=COMMAND_TIMEOUT_S)
+                line = _exec_start(shown.out)
                 if line is None:
-                    return shown.error or f"{self._unit} has no ExecStart of one command"
+                    return shown.trouble or f"{self._unit} has no ExecStart of one command"
                 added = " ".join(f"{flag} {value}" for flag, value in arguments.items())
                 text = f"[Service]\nExecStart=\nExecStart={line} {added}\n"
                 with suppress(FileNotFoundError):
@@ -112,11 +111,17 @@ class SystemdBackend:
                 self._drop_in.write_text(text)
         except OSError as error:
             return f"cannot write {self._drop_in}: {error.strerror}"
-        return (await run(*self._systemctl, "--no-ask-password", "daemon-reload")).error
+        command = (*self._systemctl, "--no-ask-password", "daemon-reload")
+        return (await programs.ask(*command, timeout_s=COMMAND_TIMEOUT_S)).trouble
 
-    async def _ask(self, verb: str) -> Done:
-        return await run(
-            *self._systemctl, "--no-ask-password", verb, self._unit, shown=("systemctl", verb, self._unit)
+    async def _ask(self, verb: str) -> programs.Answered:
+        return await programs.ask(
+            *self._systemctl,
+            "--no-ask-password",
+            verb,
+            self._unit,
+            timeout_s=COMMAND_TIMEOUT_S,
+            shown=f"systemctl {verb} {self._unit}",
         )
 
 

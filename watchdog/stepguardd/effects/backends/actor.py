@@ -13,7 +13,7 @@ from ...config import ServerSettings
 from ...core.events import Proc
 from ..outcome import Outcome, failed
 from ..processes import gone
-from .command import run
+from ..programs import ask
 from .contract import PORT_FREE_S, Arguments, port_freed, taken
 from .none import ObservedBackend
 
@@ -46,13 +46,13 @@ class RayBackend(ObservedBackend):
         """Kill the actor, and see its processes gone where they are on this machine."""
         command = [sys.executable, "-m", "stepguardd.effects.backends.ray_actor"]
         command += [self._address, self._namespace, self._actor]
-        done = await run(*command, timeout_s=_TIMEOUT_S, shown=("ray", "kill", self._actor))
+        done = await ask(*command, timeout_s=_TIMEOUT_S, shown=f"ray kill {self._actor}")
         if not done.ok:
-            return failed(done.error)
+            return failed(done.trouble)
         left = await gone(procs, PORT_FREE_S)
         if left:
             return failed(f"the actor {self._actor} was killed, and pid {left[0].pid} of it still runs")
         if not procs and not await port_freed(self._port):
             return failed(taken(self._port or 0))
         self._known = ()
-        return Outcome(ok=True, detail=done.output.splitlines()[-1] if done.output else "killed")
+        return Outcome(ok=True, detail=done.out.splitlines()[-1] if done.out else "killed")
