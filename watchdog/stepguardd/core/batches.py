@@ -23,6 +23,18 @@ from .state import (
 )
 from .turn import Turn
 
+# Warned of, and no sign that the weights are worse for it: such a step proves a checkpoint all the same.
+_NO_DOUBT = frozenset(
+    {
+        Reason.REWARD_STUCK,
+        Reason.REWARD_VARIANCE_COLLAPSE,
+        Reason.REWARD_MISSING,
+        Reason.ENTROPY_SHIFT,
+        Reason.KL_SHIFT,
+        Reason.LENGTH_SHIFT,
+        Reason.CLIP_RATIO_SHIFT,
+    }
+)
 _BROKEN_WEIGHTS = frozenset({Reason.LOSS_NOT_FINITE, Reason.GRAD_NOT_FINITE})
 
 
@@ -114,7 +126,7 @@ def _judge(turn: Turn, seen: reward.Observation) -> Reason | None:
     """Put one observation to the reward tests; a hold trips, and its reason is returned."""
     judge, verdict = reward.observe(turn.state.settings.reward, turn.state.reward, seen)
     turn.state = replace(turn.state, reward=judge)
-    if verdict.level is not reward.Level.OK:
+    if verdict.level is not reward.Level.OK and verdict.reason not in _NO_DOUBT:
         turn.state = replace(turn.state, doubtful_step=seen.step)
     if verdict.recovered and turn.state.mode is Mode.SHADOW:
         turn.state = replace(turn.state, trip=None)

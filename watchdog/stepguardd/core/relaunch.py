@@ -288,8 +288,9 @@ def _started(turn: Turn, relaunch: Relaunch, event: EffectEnded) -> None:
     up = replace(relaunch, stage=Launch.UP, since=turn.now, intent=None)
     trainer = replace(turn.state.trainer, procs=event.procs, alive=True, left=None)
     turn.state = replace(turn.state, relaunch=up, trainer=trainer)
-    if relaunch.pid is None:
-        _arrived(turn, up)  # without a guard nothing more is heard of it than that it runs
+    if relaunch.pid is None or trainer.pid != relaunch.pid:
+        # Without a guard nothing more is heard of it than that it runs; a quick one was heard of already.
+        _arrived(turn, up)
 
 
 def _failed(turn: Turn, relaunch: Relaunch, detail: str) -> None:

@@ -21,6 +21,7 @@ from ..core.events import CheckpointGone, CheckpointPinned, CheckpointVetted, Ev
 from ..core.ledger import LedgerRow, newest_by_step, plan_pins
 from ..core.state import Mode, State
 from ..core.verdict import Depth, Finding, Verdict, Vetting
+from ..failpoint import failpoint
 from .rollback import folder_of, opened
 
 log = logging.getLogger("stepguardd")
@@ -64,32 +65,32 @@ class Keeper:
         """Look at an interval. Ends by cancellation."""
         try:
             while True:
-                await self.look()
-                await asyncio.sleep(LOOK_INTERVAL_S)
+                more = await self.look()
+                await asyncio.sleep(0.0 if more else LOOK_INTERVAL_S)
         finally:
             self._ending = True
 
-    async def look(self) -> None:
-        """Do the next thing that is missing, if anything is."""
+    async def look(self) -> bool:
+        """Vet the newest that was not vetted, else see to the pins; whether there was one to vet."""
         rows = [row for row in self._state().checkpoints if not row.set_aside]
         if not any(_wants(row) for row in rows):
-            return
+            return False
         path = folder_of(self._settings, self._state().checkpoints)
         if path is None:
-            return
+            return False
         try:
             folder = await asyncio.to_thread(opened, self._settings, path)
             found = await asyncio.to_thread(find_checkpoints, folder)
         except (LayoutError, OSError) as error:
             log.debug("checkpoints: %s", error)
-            return
+            return False
         self._tell_gone(rows, found)
-        for row in rows:
+        for row in reversed(rows):
             if not row.vetted and not row.gone:
-                await self._vet(folder, found, row)
-                return
+                return await self._vet(folder, found, row)
         if self._state().mode is not Mode.SHADOW:
             await self._pin(folder, found)
+        return False
 
     def _tell_gone(self, rows: Sequence[LedgerRow], found: Sequence[Checkpoint]) -> None:
         live = {checkpoint.step for checkpoint in found if not checkpoint.pinned}
@@ -97,36 +98,35 @@ class Keeper:
             if row.step not in live and not row.gone and (row.vetted or not Path(row.path).exists()):
                 self._emit(CheckpointGone(attempt=row.attempt, step=row.step))
 
-    async def _vet(self, folder: Folder, found: Sequence[Checkpoint], row: LedgerRow) -> None:
+    async def _vet(self, folder: Folder, found: Sequence[Checkpoint], row: LedgerRow) -> bool:
+        """One look at its files; False where it has to be looked at again a little later."""
         near = surroundings(folder, found)
         index = next((i for i, one in enumerate(found) if one.step == row.step), None)
-        if index is None:
-            # Reported before it stands under its name, or in a folder that is not the one configured.
-            if self._tried(row):
-                what = f"not found in {folder.root}; check checkpoints.dir"
-                self._tell_vetted(
-                    row,
-                    Vetting(
-                        verdict=Verdict.UNKNOWN,
-                        finding=Finding.MISSING,
-                        reason=what,
-                        size_bytes=0,
-                        depth=self._limits.depth,
-                    ),
-                )
-            return
 
         def read() -> Vetting:
+            if index is None:
+                # Reported before it stands under its name, or in a folder that is not the one configured.
+                return Vetting(
+                    verdict=Verdict.UNKNOWN,
+                    finding=Finding.MISSING,
+                    reason=f"not found in {folder.root}; check checkpoints.dir",
+                    size_bytes=0,
+                    depth=self._limits.depth,
+                )
             with Vetter(self._limits) as vetter:
                 return vetter.vet(folder, found[index], near[index], cancelled=lambda: self._ending)
 
         vetting = await asyncio.to_thread(read)
-        again = (
-            vetting.finding in {Finding.CHANGED, Finding.CANCELLED} or vetting.verdict is Verdict.INCOMPLETE
-        )
-        if again and not self._tried(row):
-            return  # still being written, most likely
+        unfinished = vetting.finding in {
+            Finding.CHANGED,
+            Finding.CANCELLED,
+            Finding.MISSING,
+            Finding.CUT_SHORT,
+        }
+        if unfinished and not self._tried(row):
+            return False  # still being written, most likely
         self._tell_vetted(row, vetting)
+        return True
 
     def _tried(self, row: LedgerRow) -> bool:
         """Count a try; whether it was the last."""
@@ -177,6 +177,7 @@ class Keeper:
                 if not row.unpinned_because:
                     self._emit(CheckpointPinned(attempt=row.attempt, step=row.step, trouble=str(error)))
                 return
+        failpoint("pinned")
         self._emit(CheckpointPinned(attempt=row.attempt, step=row.step, path=path))
 
 

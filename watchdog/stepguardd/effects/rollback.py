@@ -22,15 +22,17 @@ from ..checkpoints.layouts import (
     open_folder,
     surroundings,
 )
-from ..checkpoints.rollback import RollbackError, plan_rollback, roll_back, settle, undo_command
+from ..checkpoints.rollback import Hands, RollbackError, plan_rollback, roll_back, settle, undo_command
 from ..checkpoints.vetting import Vetter, VettingLimits
 from ..config import CheckpointSettings
 from ..core.choice import Candidate, Choice, choose, explain, may_be_chosen
 from ..core.ledger import LedgerRow, as_candidate, newest_by_step
 from ..core.verdict import Depth, Verdict
+from ..failpoint import failpoint
 from .outcome import Outcome, failed
 
 EVER: Final = 1 << 62
+HANDS: Final = Hands(at=lambda point: failpoint(f"rollback_{point}"))
 REFUSALS_TOLD: Final = 4
 
 
@@ -83,7 +85,7 @@ def _prepare(
             return Outcome(ok=True, detail="from its beginning: nothing was saved yet")
         return failed(str(error))
     try:
-        settle(folder.root)
+        settle(folder.root, HANDS)
         found = find_checkpoints(folder)
         choice = Chooser(folder, found, rows, settings).choose(before_step)
         if choice.chosen is None:
@@ -93,7 +95,7 @@ def _prepare(
         chosen = next(one for one in found if one.step == choice.chosen.step and not one.linked)
         plan = plan_rollback(folder, found, chosen, name)
         if not plan.empty:
-            plan = roll_back(folder, plan)
+            plan = roll_back(folder, plan, HANDS)
     except (LayoutError, RollbackError) as error:
         return failed(str(error))
     aside = "" if plan.empty else f", {len(plan.from_steps)} newer set aside; undo: {undo_command(path)}"
