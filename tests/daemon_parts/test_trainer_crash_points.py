@@ -95,9 +95,12 @@ def test_a_rollback_survives_a_kill_of_the_daemon_at_every_point(tmp_path: Path,
         run.goes_on("the run goes on from the target")
         started_once(run)
         whole(run, saved)
-        after = [step for attempt, step in run.steps() if attempt == 1]
-        assert after[0] == target + 1
-        assert max(attempt for attempt, _ in run.steps()) == 1, "it went back once"
+        # An order that was on the page and not yet in the journal may be obeyed again: to the same target,
+        # and with no step between.
+        first, last = sorted({attempt for attempt, _ in run.steps()})
+        assert first == 0
+        again = next(step for attempt, step in run.steps() if attempt == last)
+        assert target < again <= onset, run.story()
         assert len(run.starts()) == (1 if in_place else 2)
 
 
