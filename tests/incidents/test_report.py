@@ -11,11 +11,13 @@ import pytest
 from daemon_parts.test_journal import Recording, written
 from stepguardd.cli import main
 from stepguardd.core.diagnosis import Cause
+from stepguardd.core.state import Settings
 from stepguardd.incidents.collected import Collected, LogSpan, read_collected, write_collected
 from stepguardd.incidents.folders import folder_of, keep_few, kept
 from stepguardd.incidents.markdown import as_markdown
-from stepguardd.incidents.report import Report, ReportError, build
-from stepguardd.incidents.slices import cut_out, metric_figures
+from stepguardd.incidents.passage import has_notice
+from stepguardd.incidents.report import Report, ReportError, _ours, build
+from stepguardd.incidents.slices import LogSlice, cut_out, metric_figures
 from stepguardd.incidents.writing import write_report
 from stepguardd.journal import Journal
 from stepguardd.redaction import redacted, redacted_command
@@ -259,3 +261,33 @@ def test_an_open_incident_says_that_it_is_held(tmp_path: Path) -> None:
     assert report.stage == "held"
     assert "The trainer is still held." in report.summary
     assert any(what == "let it go on" for what, _ in report.commands)
+
+
+def test_a_lockout_says_that_a_person_has_to_decide(tmp_path: Path) -> None:
+    world = Recording(settings=Settings(restart_budget=0))
+    world.steps(8)
+    world.kill()
+    world.run(2)
+    written(tmp_path / "journal.db", world.rows)
+    collected = Collected(run="x", incident=1, journal=str(tmp_path / "journal.db"))
+    report = build(collected, None)
+    assert report.stage == "locked out"
+    assert report.steps[0].startswith("Decide now")
+    assert {what for what, _ in report.commands} >= {"let it go on", "restart the server"}
+
+
+@pytest.mark.parametrize(("pid", "is_ours"), [("2161", True), ("99", False)])
+def test_a_kill_of_a_stranger_is_no_evidence(report: Report, pid: str, is_ours: bool) -> None:
+    """The kernel tells of every kill on the machine."""
+    ours = {str(known.pid) for *_, after in report.passage.walk() for s in after.servers for known in s.procs}
+    victim = min(ours) if is_ours else pid
+    line = f"[     1.000000] Out of memory: Killed process {victim} (python) total-vm:9kB"
+    log = LogSlice(name="kernel", path="/dev/kmsg", lines=(line,), before=1)
+    assert bool(_ours(log, report.passage)[0]) is is_ours
+
+
+def test_a_writer_waits_for_the_row_that_ends_the_incident(state_dir: Path) -> None:
+    journal = state_dir / "journal.db"
+    assert has_notice(journal, 1, "resolved")
+    assert not has_notice(journal, 1, "locked_out")
+    assert not has_notice(journal, 2, "resolved")

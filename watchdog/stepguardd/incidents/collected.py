@@ -50,6 +50,7 @@ class Collected:
         logs: by name ("trainer", or a server's).
         metrics_walls: by file name under `metrics/`, when it was scraped.
         notes: what could not be collected, and why.
+        awaits: the notice that the journal must have before a report is whole: its writer may be behind.
 
     """
 
@@ -62,6 +63,7 @@ class Collected:
     logs: Mapping[str, LogSpan] = field(default_factory=dict)
     metrics_walls: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    awaits: str | None = None
     log_bytes_max: int = 256 << 10
     decision_bytes_max: int = 32 << 20
 
@@ -93,6 +95,7 @@ def read_collected(folder: Path) -> Collected | None:
             },
             metrics_walls={str(name): float(wall) for name, wall in fields.get("metrics_walls", {}).items()},
             notes=tuple(map(str, fields.get("notes", ()))),
+            awaits=fields.get("awaits"),
             log_bytes_max=int(fields.get("log_bytes_max", 256 << 10)),
             decision_bytes_max=int(fields.get("decision_bytes_max", 32 << 20)),
         )

@@ -105,7 +105,7 @@ def _timeline(report: Report) -> str:
             f'<td class="t">{_text(moment.text)}</td></tr>'
         )
     head = "<tr><th class=n>from the hold</th><th class=n>UTC</th><th>where</th><th>what</th></tr>"
-    return f'<div class="wide"><table>{head}{"".join(rows)}</table></div>'
+    return f'<div class="wide"><table class="moments">{head}{"".join(rows)}</table></div>'
 
 
 def _causes(report: Report) -> str:

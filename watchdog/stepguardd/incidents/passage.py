@@ -97,6 +97,13 @@ def incidents(journal: Path) -> list[int]:
         return [number for (number,) in found]
 
 
+def has_notice(journal: Path, number: int, what: str) -> bool:
+    """Whether the journal has this notice of an incident already. Raises JournalError."""
+    with _opened(journal) as db:
+        found = db.execute("SELECT 1 FROM notices WHERE incident = ? AND what = ? LIMIT 1", (number, what))
+        return found.fetchone() is not None
+
+
 def read_passage(journal: Path, number: int) -> Passage | None:
     """
     The passage about an incident; None where the journal does not tell of it, or no longer all of it.

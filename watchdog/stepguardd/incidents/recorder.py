@@ -243,7 +243,9 @@ class IncidentRecorder:
                 walls[f"{name}-after.txt"] = scrape.wall
                 await asyncio.to_thread(_write_scrape, folder, f"{name}-after.txt", scrape)
         spans = {name: await asyncio.to_thread(_ended_at, span) for name, span in collected.logs.items()}
-        await asyncio.to_thread(write_collected, folder, replace(collected, logs=spans, metrics_walls=walls))
+        awaits = "resolved" if state.incident is None or state.incident.number != number else "locked_out"
+        whole = replace(collected, logs=spans, metrics_walls=walls, awaits=awaits)
+        await asyncio.to_thread(write_collected, folder, whole)
         await self._write(folder)
 
     async def _caught_up(self, state: State, number: int) -> None:

@@ -4,6 +4,7 @@ The report on one incident: everything that a person on call needs, put together
 Reads the journal and the incident's folder, and changes nothing.
 """
 
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,14 @@ from .. import clock
 from ..checkpoints.rollback import undo_command
 from ..core.breaker import Phase
 from ..core.diagnosis import NAMES, Cause, Evidence, Fact, Hypothesis, rank
-from ..core.events import BatchReported, CheckpointSaved, RewardLogged, StepCommitted
+from ..core.events import (
+    BatchReported,
+    CheckpointSaved,
+    ProcessExited,
+    RewardLogged,
+    StepCommitted,
+    TrainerExited,
+)
 from ..core.reasons import Reason
 from ..core.reward import Kind
 from ..core.state import GateOrder, Incident, Mode, State
@@ -24,7 +32,7 @@ from ..diagnosis.logs import line_evidence
 from ..diagnosis.story import Incident as Rows
 from ..diagnosis.story import Story
 from ..history import History
-from ..journal import JournalError, Recorded
+from ..journal import JournalError
 from ..sources.nvml import GpuError, GpuLook, NvmlDriver
 from ..sources.signatures import Sign
 from . import slices
@@ -36,6 +44,8 @@ from .timeline import ACTS, Moment, Plane, merged, timeline
 
 _KERNEL_TAIL_S: Final = 5.0
 _STATES_TELL: Final = {Sign.STARTING.value, Sign.READY.value}
+_KILL_TO_EXIT_S: Final = 2.0
+_VICTIM: Final = re.compile(r"(?:[Kk]illed process |\bpid=)(\d{1,9})")
 _GPU_TIMEOUT_S: Final = 5.0
 _STACK_CHARS_MAX: Final = 200_000
 
@@ -249,7 +259,8 @@ def _log_moments(passage: Passage, logs: Sequence[LogSlice]) -> list[Moment]:
         )
         walls = {index: wall for index, _, wall in log.signs}
         for index, line in chosen:
-            after_s = _kernel_after(line, opened) if kernel else _wall_after(walls.get(index), opened)
+            told = _kernel_time(line) if kernel else walls.get(index)
+            after_s = None if told is None else told - (opened.at if kernel else opened.wall)
             if (
                 after_s is None
                 or not -slices.KERNEL_LEAD_S <= after_s <= ended.at - opened.at + _KERNEL_TAIL_S
@@ -271,15 +282,11 @@ def _log_moments(passage: Passage, logs: Sequence[LogSlice]) -> list[Moment]:
     return moments
 
 
-def _kernel_after(line: str, opened: Recorded) -> float | None:
+def _kernel_time(line: str) -> float | None:
     try:
-        return float(line[1 : line.index("]")]) - opened.at
+        return float(line[1 : line.index("]")])
     except ValueError:
         return None
-
-
-def _wall_after(wall: float | None, opened: Recorded) -> float | None:
-    return None if wall is None else wall - opened.wall
 
 
 def _gpus(notes: list[str]) -> tuple[Mapping[str, object], ...] | None:
@@ -329,7 +336,8 @@ def _evidence(
 ) -> list[Evidence]:
     evidence = journal_evidence(passage)
     for log in logs:
-        evidence += line_evidence(log.name, _recent(log, passage))
+        lines = _ours(log, passage) if log.name == "kernel" else _recent(log, passage)
+        evidence += line_evidence(log.name, lines)
     if logs and not any(piece.fact in {Fact.HOST_OOM, Fact.GPU_OOM} for piece in evidence):
         count = sum(len(log.lines) for log in logs)
         evidence.append(
@@ -355,6 +363,28 @@ def _recent(log: LogSlice, passage: Passage) -> list[str]:
         if told is not None:
             recent = told >= since
         lines.append(line if recent else "")
+    return lines
+
+
+def _ours(log: LogSlice, passage: Passage) -> list[str]:
+    """
+    The kernel's lines without the kills of strangers.
+
+    Ours is a victim by its pid; or, where pids are counted otherwise (a container), one that was killed when
+    a process of ours ended.
+    """
+    pids, ends = set[int](), list[float]()
+    for row, _, after in passage.walk():
+        pids |= {known.pid for server in after.servers for known in server.procs}
+        pids |= set() if after.trainer.pid is None else {after.trainer.pid}
+        if isinstance(row.event, ProcessExited | TrainerExited):
+            ends.append(row.at)
+    lines = []
+    for line in log.lines:
+        victim = _VICTIM.search(line)
+        told = _kernel_time(line)
+        near = told is not None and any(abs(end - told) <= _KILL_TO_EXIT_S for end in ends)
+        lines.append(line if victim is None or int(victim[1]) in pids or near else "")
     return lines
 
 
@@ -408,7 +438,7 @@ def _cost(
     return Cost(
         held_s=held_s,
         refused_batches=incident.refused_batches,
-        garbage_steps=_garbage(passage, incident, last),
+        garbage_steps=_garbage(passage, incident),
         step_s=step_s,
         steps_lost=None if not step_s else held_s / step_s + incident.refused_batches,
         gpus=None if gpus is None else len(gpus),
@@ -427,33 +457,33 @@ def _step_time(passage: Passage, incident: Incident) -> float | None:
     return median(gaps) if len(gaps) >= 3 else None
 
 
-def _garbage(passage: Passage, incident: Incident, last: State) -> int:
+def _garbage(passage: Passage, incident: Incident) -> int:
     """
-    Optimizer steps that were taken on bad batches: from the onset to the hold, and while the gate said HOLD.
+    Optimizer steps that were taken on bad batches.
 
-    Where the trouble is a server's, only what was committed against a hold counts: the batches before it were
-    whole.
+    From the onset to the hold where the reward tripped, as those were found bad afterwards; under a hold,
+    unless the batch had passed before: a step that was under way when the hold came had good rollouts.
     """
-    del last
-    onset, count = None, 0
+    onset: int | None = None
+    passed: dict[tuple[int, int], bool] = {}
+    bad: set[tuple[int, int]] = set()
     for row, before, after in passage.walk():
+        event = row.event
+        if isinstance(event, BatchReported):
+            passed[event.attempt, event.step] = after.gate.judged_ok and not after.gate.reason
         if after.trip is not None and onset is None:
             onset = after.trip.onset_step
-        if not isinstance(row.event, StepCommitted) or row.at < incident.opened_at:
-            continue
-        held = before.gate.order is GateOrder.HOLD or (before.mode is Mode.SHADOW and before.incident)
-        count += bool(held)
-    if onset is not None:
-        count += len(
-            {
-                row.event.step
-                for row in passage.curve
-                if isinstance(row.event, StepCommitted)
-                and row.event.step >= onset
-                and row.at <= incident.opened_at
-            }
-        )
-    return count
+        if isinstance(event, StepCommitted) and row.at >= incident.opened_at:
+            held = before.gate.order is not GateOrder.GO or before.mode is Mode.SHADOW
+            step = event.attempt, event.step
+            if held and before.incident is not None and not passed.get(step, False):
+                bad.add(step)
+    for row in passage.curve:
+        event = row.event
+        early = isinstance(event, StepCommitted) and row.at <= incident.opened_at
+        if onset is not None and isinstance(event, StepCommitted) and early and event.step >= onset:
+            bad.add((event.attempt, event.step))
+    return len(bad)
 
 
 # --- What was done, what to do
@@ -513,7 +543,8 @@ def _summary(
     sentences.append(
         "No optimizer step was taken on garbage."
         if not garbage
-        else f"{_times(garbage, 'optimizer step')} {'was' if garbage == 1 else 'were'} taken on garbage."
+        else f"{_times(garbage, 'optimizer step')} {'was' if garbage == 1 else 'were'} taken on garbage"
+        + (", and the rollback took them back." if incident.rollbacks else ".")
     )
     if incident.resumed_at is not None:
         sentences.append(f"The trainer went on after {seconds(incident.resumed_at - incident.opened_at)}.")

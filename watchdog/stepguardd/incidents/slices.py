@@ -27,7 +27,7 @@ _LINE_CHARS_MAX: Final = 2000
 _JOURNALCTL_TIMEOUT_S: Final = 15.0
 _STAMP: Final = re.compile(r"\[?(\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d)(?:[.,](\d{1,6}))?")
 _KERNEL_WORTH: Final = re.compile(
-    r"\boom|out of memory|killed process|\bxid\b|nvrm|nvlink|hung task|segfault|\becc\b|i/o error|"
+    r"oom-kill:|invoked oom-killer|killed process|\bxid\b|nvrm|nvlink|hung task|segfault|\becc\b|i/o error|"
     r"blocked for more than|machine check|thermal|link is down|no space",
     re.IGNORECASE,
 )
