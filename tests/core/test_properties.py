@@ -20,6 +20,8 @@ figures = st.builds(
     Settings,
     push_weights=st.booleans(),
     weights_fixed=st.sampled_from([False, False, False, True]),
+    trainer_managed=st.booleans(),
+    on_policy_collapse=st.sampled_from(["call", "rollback"]),
     restart_budget=st.integers(min_value=0, max_value=4),
     quorum=st.sampled_from([0.0, 0.5, 0.75, 1.0]),
     poison_steps=st.integers(min_value=1, max_value=3),
@@ -33,7 +35,7 @@ def answering(state: State, told: Event) -> Event:
     """An outcome answers what is waited for, else it would hardly ever mean anything."""
     if not isinstance(told, EffectEnded):
         return told
-    repairs = (*(server.repair for server in state.servers), state.rollback)
+    repairs = (*(server.repair for server in state.servers), state.rollback, state.relaunch)
     wanted = [one.intent for one in repairs if one is not None and one.intent is not None]
     return replace(told, intent=wanted[-1]) if wanted else told
 

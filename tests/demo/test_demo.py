@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from stepguard_grpo import ground_truth
+
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 
@@ -44,7 +46,7 @@ def test_a_killed_server_costs_no_garbage_step_and_without_stepguard_it_costs_ma
     assert unguarded["garbage_steps"] > 20
     assert unguarded["final_reward"] < 0.1
     assert set(guarded) == {
-        *("steps", "garbage_steps", "final_reward", "holds", "restarts", "rollbacks"),
+        *("steps", "garbage_steps", "final_reward", "holds", "restarts", "rollbacks", "relaunches"),
         *("detect_s", "recover_s", "lost_s"),
     }
 
@@ -87,6 +89,42 @@ def test_one_raising_trajectory_is_masked_and_ends_the_unguarded_run(tmp_path: P
     assert (guarded["garbage_steps"], guarded["holds"], guarded["steps"]) == (0, 0, 50)
     assert "made to fail" in unguarded["died"]
     assert unguarded["steps"] < 50
+
+
+def test_a_killed_trainer_is_relaunched_from_what_is_proven_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """Incident C's end: the job is gone. The steps that it takes again are those that it took before."""
+    found = run_demo(tmp_path / "trainer", "--fault", "trainer", "--steps", "50")
+    guarded, log = found["guarded"], daemon_log(tmp_path / "trainer")
+    assert "died, code -9" in log, "the trainer was not killed"
+    assert (guarded["garbage_steps"], guarded["holds"], guarded["restarts"]) == (0, 1, 0)
+    assert guarded["relaunches"] == 1
+    records = ground_truth.read(tmp_path / "trainer/guarded/run/ground_truth.jsonl")
+    before = {one.step: one.reward_mean_true for one in records if one.attempt == 0}
+    after = {one.step: one.reward_mean_true for one in records if one.attempt == 1}
+    assert min(after) == 21, "the newest proven checkpoint is the one of step 20"
+    again = before.keys() & after.keys()
+    assert len(again) >= 3
+    assert all(before[step] == after[step] for step in again)
+    assert max(after) == 50
+
+
+def test_a_step_of_nan_is_taken_back_and_without_stepguard_it_ends_all_learning(tmp_path: Path) -> None:
+    """One NaN in a gradient: every weight is lost with it, and no later step can know."""
+    found = run_demo(tmp_path / "nan", "--fault", "nan", "--steps", "60", "--compare")
+    assert "grad_not_finite" in daemon_log(tmp_path / "nan"), "no NaN was ever reported"
+    guarded, unguarded = found["guarded"], found["unguarded"]
+    assert (guarded["garbage_steps"], guarded["holds"], guarded["rollbacks"]) == (0, 1, 1)
+    assert guarded["final_reward"] > 0.5
+    assert unguarded["final_reward"] < 0.05
+
+
+def test_a_ruined_policy_is_held_called_about_and_rolled_back_as_the_config_says(tmp_path: Path) -> None:
+    """The reward is gone while every server is well: nothing to restart."""
+    guarded = run_demo(tmp_path / "policy", "--fault", "policy", "--steps", "80")["guarded"]
+    assert "every server is well" in daemon_log(tmp_path / "policy")
+    assert (guarded["garbage_steps"], guarded["holds"], guarded["restarts"]) == (0, 1, 0)
+    assert guarded["rollbacks"] == 1
+    assert guarded["final_reward"] > 0.7
 
 
 def test_a_pause_is_waited_for(tmp_path: Path) -> None:

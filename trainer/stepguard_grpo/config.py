@@ -54,7 +54,7 @@ class TrainConfig:
     min_step_s: float = 0.0  # steps that are quicker wait; for watching
     raise_in_rollout: int | None = None  # at this step one trajectory of the batch raises, once
     nan_at: int | None = None  # this step's loss is NaN, in the first attempt alone
-    ruin_at: int | None = None  # from this step on two steps have a ruinous learning rate, likewise
+    ruin_at: int | None = None  # from this step on, three go the wrong way at a high rate, likewise
 
     def __post_init__(self) -> None:
         if self.group_size < 2:
@@ -96,7 +96,7 @@ def parse_arguments(arguments: list[str] | None = None) -> TrainConfig:
     add("--min-step-s", type=float, default=0.0, metavar="S", help="slow quick steps down to this")
     add("--raise-in-rollout", type=int, default=None, metavar="STEP", help="fault: one trajectory raises")
     add("--nan-at", type=int, default=None, metavar="STEP", help="fault: a loss that is NaN")
-    add("--ruin-at", type=int, default=None, metavar="STEP", help="fault: two steps of a ruinous rate")
+    add("--ruin-at", type=int, default=None, metavar="STEP", help="fault: steps that ruin the policy")
     try:
         return TrainConfig(**vars(parser.parse_args(arguments)))
     except ValueError as error:

@@ -27,6 +27,7 @@ from .config import Config
 from .control.contract import SOCKET_NAME, Verb
 from .control.requests import incident_number, refuse_nonsense
 from .control.server import allowed_uids, serve_control
+from .core import ledger
 from .core.commands import (
     Command,
     Effect,
@@ -403,10 +404,22 @@ class Daemon:
         await serve_control(self, path, uids=uids, page=self._web.serve, keys=self._web.keys)
 
     def checkpoints(self) -> Sequence[CheckpointDict]:
-        """What the trainer reported as saved."""
+        """The ledger: what the trainer reported as saved, and what is known of it."""
+        proven_after = self.state.settings.proven_after_steps
         return [
-            {"step": one.step, "attempt": one.attempt, "path": one.path, "verdict": "unknown", "proven": None}
-            for one in self.state.checkpoints
+            {
+                "step": row.step,
+                "attempt": row.attempt,
+                "path": row.path,
+                "verdict": row.verdict.value,
+                "reason": row.reason,
+                "proven": ledger.proven(row, proven_after),
+                "healthy_steps": row.healthy_steps,
+                "quarantined": row.set_aside,
+                "pinned": row.pinned_path is not None,
+                "gone": row.gone,
+            }
+            for row in self.state.checkpoints
         ]
 
     def quiet_s(self) -> float:

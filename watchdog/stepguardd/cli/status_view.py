@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from stepguardd.control.contract import GpuDict, HostDict, IncidentDict, ServerDict, StatusDict
+from stepguardd.control.contract import GpuDict, HostDict, IncidentDict, SavedDict, ServerDict, StatusDict
 from stepguardd.oneline import one_line
 from stepguardd.sparkline import sparkline
 
@@ -115,6 +115,9 @@ def _facts(status: StatusDict) -> Table:
         extra.append(f"{_cut(left, 6)} restarts left")
     if extra:
         table.add_row("Guarded", ", ".join(extra))
+    saved = status.get("checkpoints") or []
+    if saved:
+        table.add_row("Saved", _checkpoints(saved))
     if gpus := status.get("gpus"):
         table.add_row("GPUs", _gpus(gpus))
     if host := status.get("host"):
@@ -154,6 +157,19 @@ def _host(host: HostDict) -> Text:
     if kills := host.get("oom_kills"):
         line.append(f", {_cut(kills, 6)} kills for memory", "yellow")
     return line
+
+
+def _checkpoints(saved: Sequence[SavedDict]) -> str:
+    """What could be gone back to, and what is not proven yet."""
+    there = [row for row in saved if not row.get("set_aside")]
+    proven = [_cut(row.get("step"), 12) for row in there if row.get("proven")]
+    newest = there[-1] if there else {}
+    words = f"proven: step {', '.join(proven[-3:])}" if proven else "none is proven yet"
+    if newest and not newest.get("proven"):
+        why = "inside an incident" if newest.get("inside_incident") else _cut(newest.get("verdict"), 12)
+        steps = f"{_cut(newest.get('healthy_steps'), 6)} healthy steps"
+        words += f"; newest: step {_cut(newest.get('step'), 12)} ({why}, {steps})"
+    return words
 
 
 def _reward(status: StatusDict) -> Text:

@@ -378,11 +378,6 @@ class LaunchSettings(Section):
         ge=1,
         description="So many relaunches without an optimizer step between them, and the run is locked out.",
     )
-    client_timeout_s: Seconds = Field(
-        default=300,
-        description="For trainers without the guard: how long their HTTP clients wait for a rollout. Such a "
-        "run is held by pausing its servers, never for longer than four fifths of this.",
-    )
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

@@ -114,6 +114,22 @@ class IncidentDict(TypedDict, total=False):
     actions: list[str]
 
 
+class SavedDict(TypedDict, total=False):
+    """One checkpoint of the ledger; `proven` ones may be gone back to."""
+
+    step: int
+    attempt: int
+    path: str
+    verdict: str
+    reason: str
+    healthy_steps: int
+    proven: bool
+    inside_incident: bool
+    set_aside: bool
+    gone: bool
+    pinned: str | None
+
+
 class BudgetDict(TypedDict, total=False):
     """What may still be tried without a person."""
 
@@ -159,6 +175,7 @@ class StatusDict(TypedDict, total=False):
     incident: IncidentDict | None
     last_incident: IncidentDict | None
     budget: BudgetDict
+    checkpoints: list[SavedDict]
     rewards: list[float | None]
     refused_batches: int
     warnings: list[str]

@@ -138,7 +138,7 @@ SCENARIOS: dict[Fault, Scenario] = {
     ),
     Fault.POLICY: Scenario(
         fault=Fault.POLICY,
-        story="a learning rate a thousand times too high for two steps ruins the policy",
+        story="three steps in the wrong direction, at a high rate, ruin the policy",
         expected='hold and call, with on_policy_collapse = "rollback" a rollback, no garbage step',
         restarts=0,
         holds=1,
