@@ -75,8 +75,7 @@ def _answers(server: FoundServer, *, generate: bool) -> Iterator[Finding]:
     with httpx.Client(
         base_url=server.url, timeout=TIMEOUT_S, trust_env=False, follow_redirects=False
     ) as http:
-        ready, info = _get(http, "/ready"), _get(http, "/model_info")
-        metrics = _get(http, "/metrics")
+        info = _get(http, "/model_info")
         if isinstance(info, str) or info.status_code != 200:
             why = info if isinstance(info, str) else f"HTTP {info.status_code}"
             yield bad(
@@ -86,6 +85,7 @@ def _answers(server: FoundServer, *, generate: bool) -> Iterator[Finding]:
                 "see its log; with a daemon: stepguard restart-server",
             )
             return
+        ready, metrics = _get(http, "/ready"), _get(http, "/metrics")
         yield _state(subject, ready, info, metrics)
         if isinstance(metrics, str) or metrics.status_code != 200:
             yield warn(
