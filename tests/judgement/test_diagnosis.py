@@ -291,3 +291,11 @@ def test_bad_input_is_one_line_and_exit_code_2(
     out, err = capsys.readouterr()
     assert (left.value.code, out, err.count("\n")) == (2, "", 1)
     assert words in err
+
+
+def test_gradients_that_are_no_numbers_are_no_fault_of_the_reward_function() -> None:
+    """Ruined weights answer every prompt, and every answer scores the same."""
+    facts = (Fact.LOSS_NOT_FINITE, Fact.COMPLETE, Fact.SAME_SCORES)
+    ranked = rank([Evidence(fact=fact, time="step 1", source="a test", text="1") for fact in facts])
+    assert ranked[0].cause is Cause.NAN_WEIGHTS
+    assert all(one.confidence < 0.5 for one in ranked[1:])

@@ -180,6 +180,7 @@ _RULES: Mapping[Cause, tuple[float, Mapping[Fact, float]]] = {
         Fact.COMPLETE: 1.5, Fact.FELL_TO_CONSTANT: 1.5, Fact.STAYED_CONSTANT: 0.5, Fact.NOT_FINITE: 0.5,
         Fact.BACK_AT_START: -1.5, Fact.FELL_TO_START: -1.5, Fact.LENGTH_GONE: -2.0, Fact.ABORTED_UP: -2.0,
         Fact.SERVER_CRASHED: -2.0, Fact.SERVER_UNREACHABLE: -2.0, Fact.DECAYED: -1.0,
+        Fact.LOSS_NOT_FINITE: -3.0,
     }),
     Cause.POLICY_COLLAPSE: (-3.0, {
         Fact.DECAYED: 3.5, Fact.POLICY_MOVED: 2.5, Fact.COMPLETE: 1.0, Fact.LEVEL_FELL: 0.5,
@@ -189,7 +190,8 @@ _RULES: Mapping[Cause, tuple[float, Mapping[Fact, float]]] = {
     }),
     Cause.NAN_WEIGHTS: (-4.0, {
         Fact.LOSS_NOT_FINITE: 5.5, Fact.CHECKPOINT_NOT_FINITE: 7.0, Fact.NAN_LINE: 3.5, Fact.NOT_FINITE:
-        2.0, Fact.FELL_TO_CONSTANT: 0.5, Fact.BACK_AT_START: -2.5, Fact.TRAINING_WENT_ON: -1.0,
+        2.0, Fact.FELL_TO_CONSTANT: 0.5, Fact.BACK_AT_START: -2.5, Fact.SAME_SCORES: 0.5,
+        Fact.TRAINING_WENT_ON: -1.0,
         Fact.DECAYED: -1.0,
     }),
     Cause.DATA_FAULT: (-3.5, {

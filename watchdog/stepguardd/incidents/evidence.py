@@ -18,7 +18,6 @@ from ..core.events import (
     RewardLogged,
     ServerProbed,
     StepCommitted,
-    TrainerExited,
     TreeSampled,
 )
 from ..core.reasons import Reason
@@ -105,9 +104,6 @@ def _facts(row: Recorded, before: State, after: State, passage: Passage) -> Iter
             yield from _step(event)
         case DaemonStarted() if row.seq > passage.opened.seq:
             yield Fact.WATCHDOG_GAP, "stepguard", "a daemon came up within the incident"
-        case TrainerExited():
-            code = "unknown" if event.code is None else str(event.code)
-            yield Fact.WORKER_DIED, "trainer", f"the trainer (pid {event.pid}) ended, exit code {code}"
         case _:
             pass
     yield from _server_reasons(before, after)

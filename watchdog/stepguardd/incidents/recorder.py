@@ -164,7 +164,9 @@ class IncidentRecorder:
     def _spans(self, state: State) -> dict[str, LogSpan]:
         """Where each log stands at the opening."""
         paths = {name: server.log for name, server in self._watched.items()}
-        if state.trainer.pid is not None:
+        if self._config.trainer.backend != "none":
+            paths["trainer"] = self._config.trainer_log()
+        elif state.trainer.pid is not None:
             for fd in (2, 1):
                 with suppress(OSError):
                     target = Path(f"/proc/{state.trainer.pid}/fd/{fd}").readlink()

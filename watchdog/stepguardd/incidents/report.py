@@ -409,7 +409,7 @@ def _story(history: History, onset: int, seen: int, last: State) -> list[Evidenc
 
 
 def _title(incident: Incident, hypotheses: Sequence[Hypothesis]) -> str:
-    what = plain(incident.reason.value)
+    what = _REASONS.get(incident.reason, plain(incident.reason.value))
     if hypotheses and hypotheses[0].confidence >= 0.5:
         return f"{NAMES[hypotheses[0].cause]} ({hypotheses[0].confidence:.0%} sure)"
     return what
@@ -510,7 +510,7 @@ def _summary(
         (m for m in moments if m.bad and -1.0 <= m.after_s <= 0.0 and m.plane is not Plane.STEPGUARD), None
     )
     began = f"At {when} UTC{step} " + (
-        f"the {first.text}"
+        f"the {first.text.removeprefix('the ')}"
         if first is not None and first.kind == "exit"
         else _REASONS.get(incident.reason, f"the run was held for {plain(incident.reason.value)}")
     )
@@ -523,6 +523,8 @@ def _summary(
             done.append(f"{_times(incident.restarts, 'restart')} of {incident.server or 'the server'}")
         if incident.rollbacks:
             done.append(_times(incident.rollbacks, "rollback"))
+        if incident.relaunches:
+            done.append(_times(incident.relaunches, "relaunch", "relaunches") + " of the trainer")
         pushed = sum(act.kind == "PushWeights" and bool(act.ok) for act in passage.acts)
         if pushed:
             done.append("the current weights pushed and proven")
@@ -634,6 +636,11 @@ def _next_steps(incident: Incident, last: State, hypotheses: Sequence[Hypothesis
         one.cause for one in hypotheses[:1]
     ]
     steps += [sentence for cause in likely[:2] for sentence in _AFTERWARDS[cause]]
+    if incident.reason in {Reason.TRAINER_EXITED, Reason.RANK_LOST} and not steps[1:]:
+        steps.append(
+            "Find out why the trainer ended: the end of its log and the kernel's lines. Code -9 without an "
+            "error in the log is a kill from outside: the kernel's OOM killer, a scheduler, or a person."
+        )
     if incident.restarts and stage == "closed":
         steps.append("If it comes back, the restart budget decides how often; after that a person is called.")
     return steps
