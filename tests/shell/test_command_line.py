@@ -157,6 +157,8 @@ def test_status_of_a_held_run_is_bad_news(
         (["rollback", "--yes", "--before-step", "188"], ("rollback", {"before_step": 188})),
         (["restart-server", "-y"], ("restart-server", {"server": None})),
         (["restart-server", "sglang", "-y"], ("restart-server", {"server": "sglang"})),
+        (["ack"], ("ack", {"incident": None})),
+        (["ack", "3"], ("ack", {"incident": "3"})),
     ],
 )
 def test_a_wish_goes_to_the_daemon_and_its_answer_to_the_person(
