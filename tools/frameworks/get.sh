@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The frameworks' own source, for the tests in tests/frameworks to be held against: into .frameworks/<name>.
-#   tools/frameworks/get.sh            the newest releases on PyPI of those that are there: 4 MB, nothing installed
+#   tools/frameworks/get.sh            the newest releases on PyPI of those that are there, and what their base classes
+#                                      import: nothing is installed into .venv
 #   tools/frameworks/get.sh checkouts  also slime, miles and prime-rl, which have none: from GitHub, or from
 #                                      $FRAMEWORK_SOURCES/<name>, a git repository, where that is set
 set -euo pipefail
@@ -14,7 +15,12 @@ for name in verl areal skyrl openrlhf; do
   "$python" -m zipfile -e "$wheel" ".frameworks/$name"
   basename "$wheel" | cut -d- -f2 >".frameworks/$name/VERSION"
 done
-rm -rf .frameworks/wheel
+rm -rf .frameworks/wheel .frameworks/needs
+# What has to be there to import their base classes without a GPU; torch and ray are in .venv.
+"$python" -m pip install --quiet --no-deps --target .frameworks/needs \
+  aiofiles antlr4-python3-runtime==4.9.3 blinker cachetools cloudpickle codetiming colorlog einops flask hydra-core \
+  importlib_metadata itsdangerous jiter lark llvmlite loguru msgspec numba omegaconf openai orjson peft pylatexenc \
+  pyvers pyzmq skyrl_gym sortedcontainers tenacity tensordict torchdata TransferQueue uvloop zipp
 [ "${1:-}" = checkouts ] || exit 0
 for repository in THUDM/slime radixark/miles PrimeIntellect-ai/prime-rl; do
   name=${repository#*/}
