@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from guard.virtual_daemon import VirtualDaemon, VirtualTime
+from guard.real_daemon import RealDaemon
 from stepguard.gate import Order
 
 pytestmark = pytest.mark.e2e
@@ -25,24 +24,9 @@ ROOT = Path(__file__).parents[2]
 WAIT_S = 120.0  # bounds a hang, and measures nothing
 
 
-class RealTime(VirtualTime):
-    """The daemon of the guard's tests, by the machine's clock."""
-
-    def now(self) -> int:
-        return time.monotonic_ns()
-
-    @property
-    def ns(self) -> int:
-        return time.monotonic_ns()
-
-    @ns.setter
-    def ns(self, value: int) -> None:
-        """The clock is not ours to turn."""
-
-
 class Run:
     """
-    A daemon of its own thread, and the ranks.
+    A daemon, and the ranks.
 
     Args:
         run_dir: for gate and socket.
@@ -52,11 +36,7 @@ class Run:
 
     def __init__(self, run_dir: Path, what: str) -> None:
         self.record = run_dir / "record"
-        self.daemon = VirtualDaemon(run_dir, RealTime())
-        self.on_report: Callable[[dict[str, Any]], None] = lambda report: None
-        self._seen = 0
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self.daemon = RealDaemon(run_dir)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -79,29 +59,21 @@ class Run:
             )
             for rank in range(2)
         ]
-        self._thread.start()
 
     def ended(self) -> list[int]:
-        return [rank.wait(WAIT_S) for rank in self.ranks]
+        codes = [rank.wait(WAIT_S) for rank in self.ranks]
+        self.daemon.settle()
+        return codes
 
     def rows(self, rank: int) -> list[dict[str, Any]]:
         path = self.record.with_suffix(f".{rank}")
         return [json.loads(line) for line in path.read_text().splitlines()]
 
     def close(self) -> None:
-        self._over.set()
-        self._thread.join(WAIT_S)
         for rank in self.ranks:
             rank.kill()
             rank.wait()
         self.daemon.close()
-
-    def _serve(self) -> None:
-        while not self._over.wait(0.002):
-            self.daemon.tick()
-            for report in self.daemon.reports[self._seen :]:
-                self._seen += 1
-                self.on_report(report)
 
 
 @pytest.fixture
@@ -135,7 +107,7 @@ def holds_at_step_4(run: Run, released: list[float]) -> Callable[[dict[str, Any]
 def test_all_ranks_hold_at_the_same_step_and_go_on_together(what: str, start: Callable[[str], Run]) -> None:
     run = start(what)
     released: list[float] = []
-    run.on_report = holds_at_step_4(run, released)
+    run.daemon.on_report = holds_at_step_4(run, released)
     assert run.ended() == [0, 0]
     assert len(released) == 1
     held = []
@@ -164,7 +136,7 @@ def test_all_ranks_roll_back_and_stop_together(start: Callable[[str], Run]) -> N
         if report["kind"] == "step" and report["step"] == 5:
             run.daemon.order(Order.STOP, "enough")
 
-    run.on_report = on_report
+    run.daemon.on_report = on_report
     assert run.ended() == [0, 0]
     for rank in range(2):
         rows = run.rows(rank)

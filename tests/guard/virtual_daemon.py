@@ -66,6 +66,7 @@ class VirtualDaemon:
         judge: Callable[[dict[str, Any]], str | None] | None = lambda batch: None,
         generation: int = 0,
         listens: bool = True,
+        boot_id: bytes | None = BOOT,
     ) -> None:
         self.run_dir = run_dir
         self.time = time
@@ -73,7 +74,7 @@ class VirtualDaemon:
         self.alive = True
         self.generation = generation
         self.reports: list[dict[str, Any]] = []
-        self.page = GatePage.create(run_dir / "gate", boot_id=BOOT)
+        self.page = GatePage.create(run_dir / "gate", boot_id=boot_id)
         self.half = self.page.daemon()
         self._socket: socket.socket | None = None
         if listens:

@@ -119,6 +119,12 @@ async def gather(
     return _rebuilt(shape, outcomes, length)
 
 
+async def alone(item: Any, *, log: FailureLog) -> Any:
+    """Await one trajectory: its result, or `Aborted(exception)`, noted in the log; cancelling still cancels."""
+    (outcome,) = await gather([item], fanout=0, log=log, on_done=lambda: None)
+    return outcome
+
+
 def abandon(items: Iterable[Any]) -> None:
     """Let go of awaitables that will not be awaited: coroutines are closed, tasks cancelled."""
     for leaf in _leaves(items):

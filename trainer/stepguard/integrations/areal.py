@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from stepguard.guard import Guard
 from stepguard.integrations.ranks import over_gloo
-from stepguard.isolation import FailureLog
+from stepguard.isolation import Aborted, FailureLog, alone
 
 _SNAPSHOTS: Final = "stepguard-snapshots"
 
@@ -41,12 +41,11 @@ class IsolatedWorkflow:
 
     async def arun_episode(self, engine: Any, data: dict[str, Any]) -> Any:
         """The inner workflow's trajectory; None (rejected, never a reward of 0) where it failed."""
-        try:
-            return await self.inner.arun_episode(engine, data)
-        except Exception as error:  # noqa: BLE001 - the border of one episode
-            self.failed += 1
-            self._failures.note(error, "an episode")
-            return None
+        outcome = await alone(self.inner.arun_episode(engine, data), log=self._failures)
+        if not isinstance(outcome, Aborted):
+            return outcome
+        self.failed += 1
+        return None
 
 
 def areal_workflow(inner: Any) -> Any:

@@ -28,7 +28,7 @@ from stepguard.admission import group_advantages
 from stepguard.guard import Guard
 from stepguard.integrations.onlooker import Onlooker
 from stepguard.integrations.ranks import over_gloo
-from stepguard.isolation import Aborted, FailureLog
+from stepguard.isolation import Aborted, FailureLog, alone
 
 ROLLOUT_VARIABLE: Final = "STEPGUARD_ROLLOUT_FUNCTION"
 _DEFAULTS: Final = (
@@ -176,16 +176,13 @@ def isolate(module: Any) -> None:
     one, group = module.generate_and_rm, module.generate_and_rm_group
 
     async def generate_and_rm(state: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return await one(state, sample, *args, **kwargs)
-        except Exception as error:  # noqa: BLE001 - the border of one trajectory
-            return _failed(sample, error, state)
+        outcome = await alone(one(state, sample, *args, **kwargs), log=process.failures)
+        return _failed(sample, outcome.exception, state) if isinstance(outcome, Aborted) else outcome
 
     async def generate_and_rm_group(state: Any, samples: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            out = await group(state, samples, *args, **kwargs)
-        except Exception as error:  # noqa: BLE001 - the border of one group: its reward model
-            out = [_failed(sample, error, state) for sample in samples]
+        out = await alone(group(state, samples, *args, **kwargs), log=process.failures)
+        if isinstance(out, Aborted):  # its reward model
+            out = [_failed(sample, out.exception, state) for sample in samples]
         fans_out = any(isinstance(member, list) for member in out)
         return [[member] if fans_out and not isinstance(member, list) else member for member in out]
 
@@ -247,10 +244,9 @@ def _admitted(guard: Guard, args: Any, rollout_id: int, groups: Any) -> bool:
     return admission.ok
 
 
-def _failed(sample: Any, error: Exception, state: Any) -> Any:
+def _failed(sample: Any, error: BaseException, state: Any) -> Any:
     """The trajectory in its place, masked; `state` is slime's `args`, or has them, as in miles."""
     key = getattr(getattr(state, "args", state), "reward_key", None)
-    process.failures.note(error)
     for one in _samples([sample]):
         one.status = type(one).Status.FAILED
         one.remove_sample = True

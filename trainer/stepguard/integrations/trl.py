@@ -129,11 +129,11 @@ class StepguardCallback(transformers.TrainerCallback):  # type: ignore[misc] # t
         self._rewards = []
         try:
             return self._generate(inputs)
-        except Exception as error:  # the border of one batch; what is not the network's goes on
+        except Exception as error:
             # With several ranks the others are inside this batch's collectives and cannot be called back.
-            if self._trainer.accelerator.num_processes > 1 or not _is_of_the_network(error):
-                raise
-            return Aborted(error)
+            if self._trainer.accelerator.num_processes == 1 and _is_of_the_network(error):
+                return Aborted(error)
+            raise
 
     def _admitted(self, step: int, output: Any, members: int) -> bool:
         if isinstance(output, Aborted):
