@@ -120,7 +120,7 @@ async def gather(
 
 
 async def alone(item: Any, *, log: FailureLog) -> Any:
-    """Await one trajectory: its result, or `Aborted(exception)`, noted in the log; cancelling still cancels."""
+    """Await one: its result, or `Aborted(exception)`, noted in the log; cancelling still cancels."""
     (outcome,) = await gather([item], fanout=0, log=log, on_done=lambda: None)
     return outcome
 
