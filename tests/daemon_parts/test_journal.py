@@ -458,3 +458,25 @@ def test_two_readings_of_one_batch_are_two_values() -> None:
         batch = BatchReported(attempt=0, step=1, batch=1, ok=1, failed=0, reward=value)
         back = decode_event("BatchReported", encode(batch, _EVENTS))
         assert repr(back) == repr(batch)
+
+
+def test_the_ledger_of_checkpoints_outlives_a_reboot(tmp_path: Path) -> None:
+    """A state's times mean nothing after one; that a checkpoint was proven does."""
+    path = tmp_path / "journal.db"
+    row = LedgerRow(step=20, attempt=1, path="/c/20", healthy_steps=5, norms=(("w", math.nan),))
+
+    async def write() -> None:
+        with closing(Journal(path, boot_id=BOOT)) as journal:
+            journal.restore()
+            journal.start()
+            state = replace(first(), checkpoints=(row,))
+            journal.record(at=1.0, wall=1.0, event=Tick(), commands=(), state=state)
+            journal.record(at=2.0, wall=2.0, event=Tick(), commands=(), state=state)
+
+    asyncio.run(write())
+    with closing(Journal(path, boot_id="another boot")) as journal:
+        restored = journal.restore()
+    assert restored.state is None
+    (found,) = restored.checkpoints
+    assert replace(found, norms=()) == replace(row, norms=())
+    assert math.isnan(found.norms[0][1])

@@ -122,6 +122,7 @@ class ProcessTrainer:
         tree = self._whole(procs)
         for _ in range(_STOP_ROUNDS):
             left = await end(tree, grace_s=grace_s, timeout_s=_KILLED_WITHIN_S)
+            self._reap()
             if left:
                 return failed("pids " + ", ".join(str(one.pid) for one in left) + " survive SIGKILL")
             ended += len(tree)
@@ -130,6 +131,9 @@ class ProcessTrainer:
                 break
         self._known = ()
         return Outcome(ok=True, detail=f"{ended} processes ended")
+
+    def _reap(self) -> None:
+        self._children = [child for child in self._children if child.poll() is None]
 
     def _whole(self, procs: tuple[Proc, ...]) -> tuple[Proc, ...]:
         roots = (*procs, *proc.marked(TRAINER_MARK, self._mark))
@@ -144,7 +148,7 @@ class ProcessTrainer:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         if self._log.exists() and self._log.stat().st_size > LOG_BYTES_MAX:
             self._log.replace(self._log.with_suffix(self._log.suffix + ".1"))
-        self._children = [child for child in self._children if child.poll() is None]
+        self._reap()
         with self._log.open("ab") as log:
             child = subprocess.Popen(
                 [*settings.command, *_resume_arguments(settings, resume)],
