@@ -27,6 +27,7 @@ from stepguardd.core.events import (
     StepCommitted,
     Tick,
 )
+from stepguardd.core.ledger import LedgerRow
 from stepguardd.core.state import Mode, Server, Settings, State, initial
 from stepguardd.journal import (
     _EVENTS,

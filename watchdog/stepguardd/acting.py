@@ -114,6 +114,7 @@ class Acting:
                 procs=outcome.procs,
                 target_step=outcome.target_step,
                 target_path=outcome.target_path,
+                needless=outcome.needless,
             )
         )
 

@@ -225,7 +225,7 @@ class RewardLogged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EffectEnded:
-    """A command with this intent was carried out, or could not be."""
+    """A command with this intent was carried out, or could not be, or was `needless`: all was so already."""
 
     intent: str
     ok: bool
@@ -233,6 +233,7 @@ class EffectEnded:
     procs: tuple[Proc, ...] = ()
     target_step: int | None = None
     target_path: str | None = None
+    needless: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

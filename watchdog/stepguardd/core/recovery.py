@@ -470,7 +470,7 @@ def _push_ended(turn: Turn, server: Server, repair: Repair, event: EffectEnded) 
     repair = replace(
         repair,
         intent=None,
-        changed=repair.changed or event.ok,
+        changed=repair.changed or (event.ok and not event.needless),
         push_failed=not event.ok,
         again_at=None if event.ok else turn.now + turn.state.settings.interval_s,
     )

@@ -14,6 +14,7 @@ class Outcome:
     procs: tuple[Proc, ...] = ()
     target_step: int | None = None
     target_path: str | None = None
+    needless: bool = False
 
 
 def failed(detail: str) -> Outcome:

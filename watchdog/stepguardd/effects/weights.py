@@ -36,7 +36,7 @@ async def push(http: httpx.AsyncClient, *, pattern: str, version: str, timeout_s
         return failed(f"{folder} is not there; check weights.path")
     info = await request(http, "GET", "/model_info", timeout_s=_INFO_TIMEOUT_S)
     if weight_version(info) == (Answer.OK, version):
-        return Outcome(ok=True, detail=f"version {version} was there already")
+        return Outcome(ok=True, detail=f"version {version} was there already", needless=True)
     body = {"model_path": str(folder), "weight_version": version}
     reply = await request(http, "POST", "/update_weights_from_disk", timeout_s=timeout_s, body=body)
     if reply.answer is not Answer.OK:
