@@ -15,6 +15,8 @@ from stepguardd import proc
 from stepguardd.config import LaunchSettings
 from stepguardd.effects.trainer import ProcessTrainer, Resume, TrainerBackend, trainer_backend
 
+pytestmark = pytest.mark.e2e
+
 SLEEP = "import time; time.sleep(60)"
 BODY = """
 here={here}
