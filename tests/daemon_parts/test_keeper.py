@@ -5,15 +5,12 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 from daemon_parts.little_trainer import save
 from stepguardd.config import CheckpointSettings
 from stepguardd.core.decide import decide
 from stepguardd.core.events import CheckpointSaved, Event, StepCommitted
 from stepguardd.core.ledger import proven
 from stepguardd.core.state import Mode, Settings, initial
-from stepguardd.effects import keeper as keeping
 from stepguardd.effects.keeper import Keeper
 from stepguardd.effects.rollback import prepare
 
@@ -94,15 +91,10 @@ def test_a_bad_one_is_told_of_and_never_chosen_and_the_refusal_is_explained(tmp_
     assert "step 20 is bad" in outcome.detail
 
 
-def test_a_full_disk_is_told_once_and_costs_the_training_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> Path:
-        raise keeping.PinError("no room to copy: free some space; training is not affected")
-
-    monkeypatch.setattr(keeping, "pin", full)
+def test_a_copy_that_cannot_be_made_is_told_once_and_costs_the_training_nothing(tmp_path: Path) -> None:
     run = Run(tmp_path / "c")
     run.saved(10)
+    (tmp_path / "c/stepguard-pinned").write_text("in the way")
     run.look()
     run.steps(11, 12)
     run.look(3)
