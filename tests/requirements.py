@@ -12,9 +12,13 @@ from typing import NoReturn
 import pytest
 
 
+def required(part: str) -> bool:
+    """Whether `part` must not be missing here."""
+    return part in {name.strip() for name in os.environ.get("STEPGUARD_REQUIRE", "").split(",")}
+
+
 def require(part: str, reason: str) -> NoReturn:
     """Skip the test, because `part` is missing here for `reason`; fail it where the part is required."""
-    required = {name.strip() for name in os.environ.get("STEPGUARD_REQUIRE", "").split(",")}
-    if part in required:
+    if required(part):
         pytest.fail(f"{part} is required here (STEPGUARD_REQUIRE), but: {reason}", pytrace=False)
     pytest.skip(f"{part}: {reason}")

@@ -135,6 +135,15 @@ def test_a_pause_is_waited_for(tmp_path: Path) -> None:
     assert guarded["steps"] == 50
 
 
+def test_foreign_weights_are_refused_and_replaced(tmp_path: Path) -> None:
+    """Somebody loads the base weights: what they generated trains nothing, and the trainer's come back."""
+    guarded = run_demo(tmp_path / "weights", "--fault", "weights", "--steps", "50")["guarded"]
+    log = daemon_log(tmp_path / "weights")
+    assert "refused: stale_weights" in log, "nobody saw them"
+    assert "pushed from disk" in log
+    assert (guarded["garbage_steps"], guarded["holds"], guarded["restarts"]) == (0, 1, 0)
+
+
 def test_what_the_embedded_server_lacks_is_said_at_once(tmp_path: Path) -> None:
     """It has no detokenizer; and a real SGLang that is not installed is named with its remedy."""
     command = [sys.executable, "-m", "stepguardd", "demo", "--dir", str(tmp_path / "none"), "--fault"]

@@ -21,6 +21,8 @@ from typer.main import get_command
 # for a command with commands of its own, a `typer.Typer` called `app`.
 COMMANDS = {
     "run": "Watch a training run, and protect it.",
+    "exec": "Run a command with the daemon beside it.",
+    "wait": "Block until servers and GPUs are ready.",
     "status": "How the run is, and what to do.",
     "pause": "Hold the run before its next optimizer step.",
     "resume": "Let a held run go on.",
@@ -117,7 +119,8 @@ def _add(app: typer.Typer, name: str, module: ModuleType, help_line: str) -> Non
     if isinstance(group, typer.Typer):
         app.add_typer(group, name=name, help=help_line)
     else:
-        app.command(name)(getattr(module, _module(name)))
+        context = getattr(module, "CONTEXT", None)
+        app.command(name, context_settings=context)(getattr(module, _module(name)))
 
 
 def _module(name: str) -> str:

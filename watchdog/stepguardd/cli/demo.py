@@ -11,7 +11,7 @@ import typer
 
 from stepguardd.cli.output import bad_news, fail, print_json, say
 from stepguardd.demo.conduct import DemoError, Plan, Progress, conduct
-from stepguardd.demo.faults import INSIDE_THE_TRAINER, SCENARIOS, Fault
+from stepguardd.demo.faults import INSIDE_THE_TRAINER, SCENARIOS, Fault, PauseMode
 from stepguardd.demo.outcome import Figures, as_expected, report
 from stepguardd.demo.servers import ServerKind, ServerMissingError, server_program
 from stepguardd.demo.view import View
@@ -34,6 +34,9 @@ def demo(
         Path | None,
         typer.Option("--dir", help="Where the runs are kept [default: demo-runs/<time>-<fault>]."),
     ] = None,
+    pause_mode: Annotated[
+        PauseMode, typer.Option("--pause-mode", help="How --fault pause pauses the server.")
+    ] = PauseMode.IN_PLACE,
     picture: Annotated[
         Path | None, typer.Option("--picture", help="Save the last picture as SVG.", dir_okay=False)
     ] = None,
@@ -73,6 +76,7 @@ def demo(
         seed=seed,
         fault_step=fixed,
         server=server,
+        pause_mode=pause_mode,
     )
     try:
         with view:
@@ -87,6 +91,7 @@ def demo(
                     seed=seed,
                     fault_step=first.fault_step,
                     server=server,
+                    pause_mode=pause_mode,
                 )
                 _, unguarded = _run(second, view)
             view.conclude(guarded, unguarded)

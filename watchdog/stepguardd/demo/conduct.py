@@ -32,8 +32,10 @@ from .faults import (
     INSIDE_THE_TRAINER,
     PAUSE_S,
     Fault,
+    PauseMode,
     Scenario,
     continue_generation,
+    load_weights,
     pause_generation,
     strike,
 )
@@ -70,7 +72,7 @@ class Plan:
     seed: int
     fault_step: int | None = None
     server: ServerKind = ServerKind.EMBEDDED
-    pause_mode: str = "in_place"
+    pause_mode: PauseMode = PauseMode.IN_PLACE
 
 
 @dataclass(slots=True, kw_only=True)
@@ -141,7 +143,7 @@ class Arena:
         self.run_dir: Path | None = None
         self._stack = ExitStack()
         self._port = _free_port()
-        self._url = f"http://127.0.0.1:{self._port}"
+        self.url = f"http://127.0.0.1:{self._port}"
         self._program = _program(plan.server)
         self._continue_at: float | None = None
         self._trainer: subprocess.Popen[bytes] | None = None
@@ -204,7 +206,7 @@ class Arena:
     def _trainer_command(self) -> list[str]:
         plan, scenario = self._plan, self._scenario
         command = [sys.executable, "-m", "stepguard_grpo.train"]
-        command += ["--server-url", self._url, "--run-root", str(self.run_root)]
+        command += ["--server-url", self.url, "--run-root", str(self.run_root)]
         command += ["--steps", str(plan.steps), "--seed", str(plan.seed)]
         command += ["--resume" if self._relaunched else "--no-resume"]
         command += ["--weight-sync", self._weight_sync]
@@ -258,7 +260,7 @@ class Arena:
             'servers_on_stop = "stop"',
             "[server]",
             'name = "sglang"',
-            f'url = "{self._url}"',
+            f'url = "{self.url}"',
             f'backend = "{backend}"',
         ]
         if backend == "process":
@@ -371,6 +373,7 @@ class Arena:
         """Inject the fault once the reward has risen, or at the step that the other run chose."""
         fault = self._scenario.fault
         self._maybe_continue(progress)
+        self._maybe_load_again(progress)
         if progress.fault_step is not None or fault is Fault.NONE or not progress.records:
             return
         step = progress.records[-1].step
@@ -386,8 +389,10 @@ class Arena:
         if pid is None:
             return
         if fault is Fault.PAUSE:
-            progress.struck_at = pause_generation(self._url, self._plan.pause_mode)
+            progress.struck_at = pause_generation(self.url, self._plan.pause_mode.value)
             self._continue_at = progress.struck_at + PAUSE_S
+        elif fault is Fault.WEIGHTS:
+            progress.struck_at = self._load_base()
         else:
             progress.struck_at = strike(fault, pid)
         progress.fault_step = step
@@ -397,8 +402,18 @@ class Arena:
         """End the pause when its time has come."""
         if self._continue_at is not None and time.monotonic() >= self._continue_at:
             self._continue_at = None
-            continue_generation(self._url)
+            continue_generation(self.url)
             progress.events.append("the server was told to continue")
+
+    def _maybe_load_again(self, progress: Progress) -> None:
+        """Between rollouts it does no harm and nobody notices: again, until somebody does."""
+        if self._scenario.fault is not Fault.WEIGHTS or progress.struck_at is None:
+            return
+        if not (progress.status.get("incidents") or not self._plan.guarded):
+            progress.struck_at = self._load_base()
+
+    def _load_base(self) -> float:
+        return load_weights(self.url, self.run_root / "base", "base")
 
     def _due(self, progress: Progress, step: int) -> bool:
         if self._plan.fault_step is not None:

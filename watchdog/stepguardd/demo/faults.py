@@ -10,6 +10,7 @@ import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Final
 
 import httpx
@@ -18,6 +19,7 @@ from .. import clock, proc
 
 PAUSE_S: Final = 12.0  # longer than a deadlock would be given
 _CALL_TIMEOUT_S: Final = 10.0
+_LOAD_TIMEOUT_S: Final = 120.0
 
 
 class Fault(StrEnum):
@@ -29,11 +31,21 @@ class Fault(StrEnum):
     ZEROS = "zeros"
     TRAJECTORY = "trajectory"
     DETOKENIZER = "detokenizer"
+    PARENT = "parent"
+    WEIGHTS = "weights"
     PAUSE = "pause"
     TRAINER = "trainer"
     NAN = "nan"
     POLICY = "policy"
     NONE = "none"
+
+
+class PauseMode(StrEnum):
+    """SGLang's modes of a pause: what becomes of the requests that run."""
+
+    ABORT = "abort"
+    IN_PLACE = "in_place"
+    RETRACT = "retract"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +125,20 @@ SCENARIOS: dict[Fault, Scenario] = {
         restarts=1,
         holds=1,
     ),
+    Fault.PARENT: Scenario(
+        fault=Fault.PARENT,
+        story="SIGKILL to the server's parent process",
+        expected="hold, one restart, weights pushed, no garbage step",
+        restarts=1,
+        holds=1,
+    ),
+    Fault.WEIGHTS: Scenario(
+        fault=Fault.WEIGHTS,
+        story="somebody loads the base weights into the server",
+        expected="the batch refused, hold, weights pushed again, no restart, no garbage step",
+        restarts=0,
+        holds=1,
+    ),
     Fault.PAUSE: Scenario(
         fault=Fault.PAUSE,
         story=f"somebody pauses the server's generation for {PAUSE_S:g} s",
@@ -157,13 +183,16 @@ SCENARIOS: dict[Fault, Scenario] = {
 INSIDE_THE_TRAINER: Final = frozenset({Fault.TRAJECTORY, Fault.NAN, Fault.POLICY})
 """What the trainer is told to do to itself, at a step that is fixed beforehand."""
 
+_CALLS: Final = frozenset({Fault.PAUSE, Fault.WEIGHTS})
+_STRUCK: Final = {Fault.DETOKENIZER: "detokenizer", Fault.PARENT: "server"}
+
 
 def strike(fault: Fault, pid: int) -> float | None:
     """
     Do it.
 
     Args:
-        fault: what to do; some are the trainer's own doing, a `pause` is a call.
+        fault: what to do; some are the trainer's own doing, `pause` and `weights` are calls.
         pid: the server's parent process, or the trainer; one of the demo's own.
 
     Returns:
@@ -173,13 +202,13 @@ def strike(fault: Fault, pid: int) -> float | None:
         ProcessLookupError: the server has no such process to strike.
 
     """
-    if fault in {Fault.NONE, Fault.PAUSE} | INSIDE_THE_TRAINER:
+    if fault is Fault.NONE or fault in _CALLS | INSIDE_THE_TRAINER:
         return None
     if fault is Fault.TRAINER:
         at = clock.monotonic()
         os.kill(pid, signal.SIGKILL)
         return at
-    role = "detokenizer" if fault is Fault.DETOKENIZER else "scheduler"
+    role = _STRUCK.get(fault, "scheduler")
     struck = [known for known in proc.tree(pid) if known.role == role]
     if not struck:
         raise ProcessLookupError(f"the server (pid {pid}) has no {role} to strike")
@@ -206,11 +235,38 @@ def pause_generation(url: str, mode: str) -> float:
     return at
 
 
+def load_weights(url: str, model: Path, version: str) -> float:
+    """
+    Load other weights into a server, as a script does that pauses, loads and continues.
+
+    It harms in the middle of rollouts; after them the trainer's own next push puts the weights right.
+
+    Args:
+        url: the server.
+        model: a folder of weights that the server can read.
+        version: what it is to call them.
+
+    Returns:
+        The moment, in monotonic seconds.
+
+    Raises:
+        httpx.HTTPError: it did not.
+
+    """
+    at = pause_generation(url, PauseMode.IN_PLACE.value)
+    try:
+        body = {"model_path": str(model), "weight_version": version}
+        _post(url, "/update_weights_from_disk", body, timeout_s=_LOAD_TIMEOUT_S)
+    finally:
+        continue_generation(url)
+    return at
+
+
 def continue_generation(url: str) -> None:
     """Ask it to go on; httpx.HTTPError when it did not."""
     _post(url, "/continue_generation", {})
 
 
-def _post(url: str, path: str, body: Mapping[str, str]) -> None:
-    with httpx.Client(base_url=url, timeout=_CALL_TIMEOUT_S, trust_env=False) as http:
+def _post(url: str, path: str, body: Mapping[str, str], *, timeout_s: float = _CALL_TIMEOUT_S) -> None:
+    with httpx.Client(base_url=url, timeout=timeout_s, trust_env=False) as http:
         http.post(path, json=body).raise_for_status()
