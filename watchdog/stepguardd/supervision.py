@@ -167,6 +167,7 @@ class _Watch:
             for _ in range(3):
                 send(self._left(), signal.SIGKILL)
                 self._turn_until(lambda: not self._left(), _TURN_S * 4)
+        self._reap()
         self._notices.close()
 
     # ---- the command ---------------------------------------------------------------------------------

@@ -255,7 +255,8 @@ def load_weights(url: str, model: Path, version: str) -> float:
     """
     at = pause_generation(url, PauseMode.IN_PLACE.value)
     try:
-        body = {"model_path": str(model), "weight_version": version}
+        # A flush of the cache would be refused while requests run, though the weights are changed all the same.
+        body = {"model_path": str(model), "weight_version": version, "flush_cache": False}
         _post(url, "/update_weights_from_disk", body, timeout_s=_LOAD_TIMEOUT_S)
     finally:
         continue_generation(url)
@@ -267,6 +268,6 @@ def continue_generation(url: str) -> None:
     _post(url, "/continue_generation", {})
 
 
-def _post(url: str, path: str, body: Mapping[str, str], *, timeout_s: float = _CALL_TIMEOUT_S) -> None:
+def _post(url: str, path: str, body: Mapping[str, object], *, timeout_s: float = _CALL_TIMEOUT_S) -> None:
     with httpx.Client(base_url=url, timeout=timeout_s, trust_env=False) as http:
         http.post(path, json=body).raise_for_status()
