@@ -19,8 +19,7 @@ from stepguardd.demo.view import View
 
 def demo(
     fault: Annotated[
-        Fault,
-        typer.Option("--fault", metavar="NAME", help=f"What goes wrong: {', '.join(Fault)}."),
+        Fault, typer.Option("--fault", metavar="FAULT", help=f"What goes wrong: {', '.join(Fault)}.")
     ] = Fault.KILL,
     server: Annotated[
         ServerKind, typer.Option("--server", help="What makes the rollouts; sglang needs `make sglang`.")

@@ -255,7 +255,7 @@ def load_weights(url: str, model: Path, version: str) -> float:
     """
     at = pause_generation(url, PauseMode.IN_PLACE.value)
     try:
-        # A flush of the cache would be refused while requests run, though the weights are changed all the same.
+        # A flush would be refused while requests run, with the weights changed all the same.
         body = {"model_path": str(model), "weight_version": version, "flush_cache": False}
         _post(url, "/update_weights_from_disk", body, timeout_s=_LOAD_TIMEOUT_S)
     finally:
