@@ -14,11 +14,18 @@ from stepguardd.core.events import (
     DaemonStarted,
     EffectEnded,
     Event,
+    GpuTrouble,
+    GpuTroubled,
+    LogSeen,
+    MemoryPressed,
+    OomKind,
+    OomSeen,
     OperatorAsked,
     OrderAcknowledged,
     Proc,
     ProcessExited,
     RewardLogged,
+    Role,
     ServerProbed,
     StepCommitted,
     Tick,
@@ -29,6 +36,7 @@ from stepguardd.core.events import (
     TreeSampled,
     TreeSeen,
 )
+from stepguardd.core.signs import Sign
 
 NAMES = ("a", "b", "nobody")
 ORDERS = ("GO", "HOLD", "RESYNC", "ROLLBACK", "SAVE", "STOP", "DANCE")
@@ -188,6 +196,30 @@ events: st.SearchStrategy[Event] = st.one_of(
         server=st.sampled_from([None, *NAMES]),
         before_step=st.one_of(st.none(), st.integers(min_value=-5, max_value=10)),
         mode=st.sampled_from([None, "shadow", "hold", "act", "?"]),
+    ),
+    st.builds(LogSeen, sign=st.sampled_from(Sign), server=st.one_of(st.none(), names), count=counts),
+    st.builds(
+        OomSeen,
+        kind=st.sampled_from(OomKind),
+        role=st.sampled_from(Role),
+        server=st.one_of(st.none(), names),
+        pid=st.one_of(st.none(), small),
+        used_bytes=st.one_of(st.none(), counts),
+        cgroup=st.sampled_from([None, "", "/", "/a", "/a/b", "/ab"]),
+        gpu=st.one_of(st.none(), small),
+        count=small,
+    ),
+    st.builds(
+        GpuTroubled,
+        trouble=st.sampled_from(GpuTrouble),
+        gpu=st.one_of(st.none(), small),
+        number=st.one_of(st.none(), counts),
+    ),
+    st.builds(
+        MemoryPressed,
+        short=st.booleans(),
+        some_10s=st.floats(allow_nan=True),
+        full_10s=st.floats(allow_nan=True),
     ),
 )
 gaps = st.sampled_from([0.0, 0.0, 0.01, 0.25, 1.0, 3.5, 11.0, 70.0, 700.0, 4000.0])

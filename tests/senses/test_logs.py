@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stepguardd.core.signs import Sign
 from stepguardd.sources.logs import LINE_CHARS_MAX, LogError, LogFollower, Stage
-from stepguardd.sources.signatures import SIGNATURES, Sign
+from stepguardd.sources.signatures import SIGNATURES
 
 HARMLESS = [
     '[2026-11-20 10:00:00] INFO:     127.0.0.1:51234 - "POST /generate HTTP/1.1" 200 OK',

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from requirements import require
 from senses.memory_cgroups import limited_memory_cgroup
+from stepguardd.core.events import OomKind, Role
 from stepguardd.sources import kmsg
 from stepguardd.sources.cgroups import (
     KillAlarm,
@@ -36,7 +37,7 @@ from stepguardd.sources.kmsg import (
     parse_record,
 )
 from stepguardd.sources.logs import LogFollower
-from stepguardd.sources.oom import KernelKills, OomKind, OomSense, Role, oom_in_log, size_bytes
+from stepguardd.sources.oom import KernelKills, OomSense, oom_in_log, size_bytes
 
 ANNOUNCED = (
     b"6,423,4132400076,-;oom-kill:constraint=CONSTRAINT_MEMCG,nodemask=(null),cpuset=/,mems_allowed=0,"

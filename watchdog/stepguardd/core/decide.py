@@ -11,7 +11,19 @@ exactly when nothing asks for it any more.
 from dataclasses import replace
 from typing import assert_never
 
-from . import batches, budget, checkpoints, fleet, holding, people, probation, recovery, relaunch, rollbacks
+from . import (
+    batches,
+    budget,
+    checkpoints,
+    fleet,
+    holding,
+    people,
+    probation,
+    recovery,
+    relaunch,
+    rollbacks,
+    surroundings,
+)
 from .breaker import Phase
 from .commands import Command, PublishGate
 from .events import (
@@ -24,6 +36,10 @@ from .events import (
     DaemonStarted,
     EffectEnded,
     Event,
+    GpuTroubled,
+    LogSeen,
+    MemoryPressed,
+    OomSeen,
     OperatorAsked,
     OrderAcknowledged,
     ProcessExited,
@@ -93,6 +109,8 @@ def _take_in(turn: Turn, event: Event) -> None:
             batches.logged(turn, event)
         case CheckpointSaved() | CheckpointVetted() | CheckpointPinned() | CheckpointGone():
             _on_checkpoint(turn, event)
+        case OomSeen() | GpuTroubled() | LogSeen() | MemoryPressed():
+            surroundings.seen(turn, event)
         case TrainerExited():
             relaunch.exited(turn, event)
         case TrainerLeft():

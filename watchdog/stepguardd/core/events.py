@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from .signs import Sign
+
 
 class Answer(Enum):
     """How one request to a server ended."""
@@ -250,6 +252,100 @@ class OperatorAsked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LogSeen:
+    """Lines of one meaning in one log: how many, and the first of them. A hint, never a proof."""
+
+    sign: Sign
+    server: str | None = None  # None: the trainer's log
+    line: str = ""
+    count: int = 1
+
+
+class OomKind(Enum):
+    """Which memory ran out, and who noticed. Each asks for another remedy."""
+
+    KERNEL_HOST = "kernel_host"  # the kernel killed, for the whole machine
+    KERNEL_CGROUP = "kernel_cgroup"  # the kernel killed, for a cgroup's limit
+    CGROUP_COUNTER = "cgroup_counter"  # the same, seen by the counter alone: the victim is unknown
+    RAY_MONITOR = "ray_monitor"
+    CUDA_START = "cuda_start"
+    CUDA_RUN = "cuda_run"
+    CUDA_UNKNOWN = "cuda_unknown"  # by a log that was not followed from its start
+    POOL_TOO_SMALL = "pool_too_small"  # at the start: nothing was left for the KV pool
+    KV_FULL = "kv_full"  # requests are retracted; no crash
+
+
+class Role(Enum):
+    """Whose process it was."""
+
+    SERVER = "server"
+    TRAINER = "trainer"
+    OTHER = "other"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OomSeen:
+    """
+    Memory ran out.
+
+    `server` names whose it was where `role` is SERVER and that is known.
+    `used_bytes` is what the victim held (the kernel, Ray), or what it asked for in vain (CUDA). `time_s`
+    counts from boot and is known for the kernel's log alone. `facts` is everything else that the source said.
+    """
+
+    kind: OomKind
+    role: Role
+    server: str | None = None
+    pid: int | None = None
+    name: str | None = None
+    used_bytes: int | None = None
+    cgroup: str | None = None
+    gpu: int | None = None
+    count: int = 1
+    time_s: float | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def crashed(self) -> bool:
+        """Whether a process ended for it; a full KV pool only retracts requests."""
+        return self.kind is not OomKind.KV_FULL
+
+
+class GpuTrouble(Enum):
+    """What can be wrong with a GPU that still lets itself be asked."""
+
+    XID = "xid"
+    ECC = "ecc"  # uncorrected errors, more than at the last look
+    LOST = "lost"
+    FILLING = "filling"  # the forecast: full within so many minutes
+    ORPHAN = "orphan"  # memory held by a process of this run that belongs to no living server
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuTroubled:
+    """
+    Something is wrong with a GPU, told once when it begins.
+
+    `number` is the Xid, the new ECC errors, the minutes until it is full, or the pid that holds memory.
+    """
+
+    trouble: GpuTrouble
+    gpu: int | None
+    number: int | None = None
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPressed:
+    """Processes wait for memory: PSI passed its limit, or fell below it again. Told at each change."""
+
+    short: bool
+    some_10s: float
+    full_10s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tick:
     """Time passed. Every timeout of the core is looked at here."""
 
@@ -274,5 +370,9 @@ Event = (
     | RewardLogged
     | EffectEnded
     | OperatorAsked
+    | LogSeen
+    | OomSeen
+    | GpuTroubled
+    | MemoryPressed
     | Tick
 )

@@ -75,6 +75,29 @@ class Reason(StrEnum):
     """A server that was dead has a process again."""
     PAUSED_TOO_LONG = "paused_too_long"
 
+    SERVER_EXCEPTION = "server_exception"
+    """Its log tells of a crash that its processes do not show yet."""
+
+    # --- Memory and GPUs
+    HOST_OOM = "host_oom"
+    """The kernel killed a process for memory: of the machine, or of a cgroup."""
+    RAY_OOM = "ray_oom"
+    """Ray's memory monitor killed a worker."""
+    GPU_OOM = "gpu_oom"
+    """CUDA ran out of memory, at the start or at work."""
+    KV_FULL = "kv_full"
+    """The KV pool is full and requests are retracted: slow, and no crash."""
+    MEMORY_PRESSURE = "memory_pressure"
+    """Processes wait for memory (PSI); nothing was killed yet."""
+    GPU_FAULT = "gpu_fault"
+    """A GPU reported an Xid or uncorrected memory errors, or fell off the bus."""
+    GPU_FILLING = "gpu_filling"
+    """A GPU's memory grows steadily and will be full soon."""
+    GPU_ORPHAN = "gpu_orphan"
+    """A process of a server that is gone still holds GPU memory."""
+    LOG_TROUBLE = "log_trouble"
+    """A log tells of trouble outside of the servers: NCCL, Ray, a full disk, an Xid."""
+
     # --- Remedies that failed or ran out
     START_FAILED = "start_failed"
     STOP_FAILED = "stop_failed"

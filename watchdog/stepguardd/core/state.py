@@ -12,7 +12,7 @@ from enum import Enum
 
 from .breaker import Phase
 from .budget import Budget
-from .events import Proc
+from .events import GpuTroubled, LogSeen, OomSeen, Proc
 from .invariants import require
 from .ledger import LedgerRow
 from .reasons import Reason
@@ -368,6 +368,21 @@ class Incident:
     actions: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """
+    What was lately seen of memory, GPUs and logs, the newest last, each with when it was last seen.
+
+    Evidence for the diagnosis and for the choice of a memory setting; nothing in here holds a run by itself.
+    """
+
+    ooms: tuple[tuple[float, OomSeen], ...] = ()
+    gpus: tuple[tuple[float, GpuTroubled], ...] = ()
+    logs: tuple[tuple[float, LogSeen], ...] = ()
+    memory_short_since: float | None = None
+
+
+SEEN_KEPT = 16
 CHECKPOINTS_KEPT = 64
 REWARDS_KEPT = 60
 ACTIONS_KEPT = 32
@@ -406,6 +421,7 @@ class State:
     rewards: tuple[float | None, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
     refused_batches: int = 0
+    surroundings: Surroundings = field(default_factory=Surroundings)
     stream_step: int | None = None
     stream_position: str | None = None
 

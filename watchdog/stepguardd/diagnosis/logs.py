@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from stepguardd.core.diagnosis import Evidence, Fact
+from stepguardd.core.signs import Sign
 from stepguardd.oneline import one_line
-from stepguardd.sources.signatures import SIGNATURES, Sign
+from stepguardd.sources.signatures import SIGNATURES
 
 __all__ = ["line_evidence", "log_evidence"]
 

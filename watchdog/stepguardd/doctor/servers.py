@@ -8,7 +8,8 @@ from typing import Final
 
 import httpx
 
-from ..sources.signatures import SIGNATURES, Sign
+from ..core.signs import Sign
+from ..sources.signatures import SIGNATURES
 from .findings import Finding, bad, ok, warn
 from .machine import FoundServer, Machine, Process
 

@@ -27,6 +27,7 @@ from ..core.events import (
 )
 from ..core.reasons import Reason
 from ..core.reward import Kind
+from ..core.signs import Sign
 from ..core.state import GateOrder, Incident, Mode, State
 from ..diagnosis.logs import line_evidence
 from ..diagnosis.story import Incident as Rows
@@ -34,7 +35,6 @@ from ..diagnosis.story import Story
 from ..history import History
 from ..journal import JournalError
 from ..sources.nvml import GpuError, GpuLook, NvmlDriver
-from ..sources.signatures import Sign
 from . import slices
 from .collected import Collected
 from .evidence import clock_time, journal_evidence, reward_history

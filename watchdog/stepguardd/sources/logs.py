@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from stepguardd.core.signs import Sign
 from stepguardd.sources.lines import Lines
-from stepguardd.sources.signatures import SIGNATURES, Sign
+from stepguardd.sources.signatures import SIGNATURES
 
 POLL_BYTES = 4 * 1024 * 1024
 BACKLOG_BYTES_MAX = 16 * 1024 * 1024

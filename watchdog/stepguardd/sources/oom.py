@@ -8,65 +8,14 @@ was is told by `roles`, since the victim is gone before anyone can ask.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from enum import Enum
+from collections.abc import Callable, Iterable
 from typing import assert_never
 
+from stepguardd.core.events import OomKind, OomSeen, Role
+from stepguardd.core.signs import Sign
 from stepguardd.sources.cgroups import KillCounter
 from stepguardd.sources.kmsg import KernelLog, KernelMessage
 from stepguardd.sources.logs import LogMatch, Stage
-from stepguardd.sources.signatures import Sign
-
-
-class OomKind(Enum):
-    """Which memory ran out, and who noticed."""
-
-    KERNEL_HOST = "kernel_host"
-    KERNEL_CGROUP = "kernel_cgroup"
-    CGROUP_COUNTER = "cgroup_counter"
-    RAY_MONITOR = "ray_monitor"
-    CUDA_START = "cuda_start"
-    CUDA_RUN = "cuda_run"
-    CUDA_UNKNOWN = "cuda_unknown"
-    POOL_TOO_SMALL = "pool_too_small"
-    KV_FULL = "kv_full"
-
-
-class Role(Enum):
-    """Whose process it was."""
-
-    SERVER = "server"
-    TRAINER = "trainer"
-    OTHER = "other"
-    UNKNOWN = "unknown"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OomSeen:
-    """
-    Memory ran out.
-
-    `used_bytes` is what the victim held (the kernel, Ray), or what it asked for in vain (CUDA). `time_s`
-    counts from boot and is known for the kernel's log alone. `facts` is everything else that the source said.
-    """
-
-    kind: OomKind
-    role: Role
-    pid: int | None = None
-    name: str | None = None
-    used_bytes: int | None = None
-    cgroup: str | None = None
-    gpu: int | None = None
-    count: int = 1
-    time_s: float | None = None
-    facts: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def crashed(self) -> bool:
-        """Whether a process ended for it; a full KV pool only retracts requests."""
-        return self.kind is not OomKind.KV_FULL
-
 
 RoleOf = Callable[[int | None, str | None], Role]
 """Tells the role of a process by its pid and name, of those that lived before."""

@@ -11,41 +11,8 @@ others are from the tools' own sources and documentation. Nothing here reads a f
 
 import re
 from dataclasses import dataclass
-from enum import Enum
 
-
-class Sign(Enum):
-    """What a line means."""
-
-    STARTING = "starting"
-    READY = "ready"
-    DRAINING = "draining"
-    FORCED_EXIT = "forced_exit"
-    SCHEDULER_CRASHED = "scheduler_crashed"
-    DETOKENIZER_CRASHED = "detokenizer_crashed"
-    SCHEDULER_EXCEPTION = "scheduler_exception"
-    SCHEDULER_HUNG = "scheduler_hung"
-    CHILD_FAILED = "child_failed"
-    CRASH_DIAGNOSTICS = "crash_diagnostics"
-    HEALTH_FAILED = "health_failed"
-    START_FAILED = "start_failed"
-    PORT_TAKEN = "port_taken"
-    SEGFAULT = "segfault"
-    CUDA_OOM = "cuda_oom"
-    CUDA_ERROR = "cuda_error"
-    POOL_TOO_SMALL = "pool_too_small"
-    KV_EXHAUSTED = "kv_exhausted"
-    NCCL_TIMEOUT = "nccl_timeout"
-    NCCL_ERROR = "nccl_error"
-    CONNECTION_REFUSED = "connection_refused"
-    CONNECTION_RESET = "connection_reset"
-    RAY_ACTOR_DIED = "ray_actor_died"
-    RAY_MEMORY_KILL = "ray_memory_kill"
-    RAY_NODE_DIED = "ray_node_died"
-    CANCELLED = "cancelled"
-    DISK_FULL = "disk_full"
-    HOST_OOM_KILL = "host_oom_kill"
-    XID = "xid"
+from stepguardd.core.signs import Sign
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from ..core.state import (
     ACTIONS_KEPT,
     CHECKPOINTS_KEPT,
     REWARDS_KEPT,
+    SEEN_KEPT,
     GateOrder,
     Mode,
     Server,
@@ -187,6 +188,9 @@ def _servers(state: State) -> None:
 def _bounded(state: State) -> None:
     _require(len(state.rewards) <= REWARDS_KEPT, "rewards pile up")
     _require(len(state.checkpoints) <= CHECKPOINTS_KEPT, "checkpoints pile up")
+    around = state.surroundings
+    for kept in (around.ooms, around.gpus, around.logs):
+        _require(len(kept) <= SEEN_KEPT, "what was seen around the run piles up")
     for incident in (state.incident, state.last_incident):
         _require(incident is None or len(incident.actions) <= ACTIONS_KEPT, "actions pile up")
     for server in state.servers:
