@@ -22,6 +22,7 @@ from stepguard.settings import FILE_NAME as GUARD_SETTINGS_FILE
 
 from . import clock, status
 from .acting import Acting
+from .alerts.alerting import Alerting
 from .chronicle.chronicle import Chronicle
 from .config import Config
 from .control.contract import SOCKET_NAME, Verb
@@ -113,6 +114,7 @@ class Daemon:
         self._keeper = Keeper(
             config.checkpoints, lambda: self.state, self.feed, self._acting.changing_checkpoints
         )
+        self._alerting = Alerting(config, lambda: self.state)
 
     # ---- life ---------------------------------------------------------------------------------------
 
@@ -291,6 +293,7 @@ class Daemon:
     async def _close(self) -> None:
         """Stop the effects, tell the trainer that nobody is there, and leave the servers as configured."""
         await self._acting.close()
+        await self._alerting.close()
         await self._recorder.close()
         stop_servers = self._taken_up and self.config.run.servers_on_stop == "stop"
         for server in self._servers.values():
@@ -349,6 +352,8 @@ class Daemon:
         )
         for command in commands:
             self._carry_out(command, durable)
+            if isinstance(command, Notify):
+                self._alerting.tell(command, at=now, wall=wall)
         self._recorder.saw(before, self.state)
 
     def _carry_out(self, command: Command, durable: "asyncio.Future[None] | None") -> None:
@@ -380,11 +385,13 @@ class Daemon:
             work.append(self._trainer.keep_looking())
         pause = PauseFile(self.config.run.run_dir, lambda: self.state, self.feed)
         work += [_every(PAUSE_FILE_S, pause.look), self._keeper.run(), self._control()]
+        work += self._alerting.work()
         return work
 
     def _vouch(self) -> None:
         """Say that this loop turns: to the trainer by the lease, to systemd by its watchdog."""
         self.gate.renew()
+        self._alerting.vouch()
         self._manager.alive(status.line(self.state))
 
     def _reported(self, event: Event) -> None:
@@ -436,7 +443,7 @@ class Daemon:
             now=clock.monotonic(),
             started_at=self.started_at,
             metric=None if self._stream is None else self._stream.metric_found,
-            notes=() if self._stream is None else tuple(self._stream.notes),
+            notes=(*(() if self._stream is None else self._stream.notes), *self._alerting.warnings()),
             lost_rows=self.journal.lost_rows,
             journal_failure=self.journal.failure,
         )

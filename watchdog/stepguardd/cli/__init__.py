@@ -39,6 +39,7 @@ COMMANDS = {
     "tune": "Find settings for the reward tests from recorded runs.",
     "stream": "Show the reward stream as Stepguard reads it.",
     "completion": "Complete commands and options in your shell.",
+    "alert-test": "Send a test message through every alert channel.",
     "install-service": "Install the systemd units.",
     "report": "What happened in an incident, and what to do.",
     "diagnose": "What most likely went wrong, with the evidence.",

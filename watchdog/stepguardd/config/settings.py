@@ -7,6 +7,7 @@ Nothing here reads a file: see `loading`.
 """
 
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -41,6 +42,9 @@ LocalPath = Annotated[Path, AfterValidator(_anchor)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Seconds = Annotated[float, Field(gt=0, le=30 * 86_400)]
 Share = Annotated[float, Field(ge=0, le=1)]
+MailAddress = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z0-9._%+'-]{1,64}@[A-Za-z0-9](?:[A-Za-z0-9.-]{0,252})$")
+]
 
 
 class Section(BaseModel):
@@ -696,6 +700,173 @@ class WebSettings(Section):
         return self
 
 
+def _named_secret(source: str, info: ValidationInfo) -> str:
+    """A path or a credential's name; the secret itself, pasted here, is refused and not repeated."""
+    if "://" in source or len(source) > 500 or any(not char.isprintable() for char in source):
+        raise ValueError("must name a file or a credential; the secret itself does not belong here")
+    if "/" in source or source.startswith("~"):
+        return str(_anchor(Path(source), info))
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}", source):
+        raise ValueError("must name a file or a credential; the secret itself does not belong here")
+    return source
+
+
+SecretSource = Annotated[str, AfterValidator(_named_secret)]
+Level = Literal["info", "alert", "call"]
+_LEVEL = (
+    'What is sent there: "call" = a person is needed, "alert" = also every incident, "info" = also warnings '
+    "and what people did."
+)
+
+
+def _https(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in {"http", "https"} or not parts.hostname or parts.username or parts.password:
+        raise ValueError("must look like https://host/path, without a password in it")
+    return url.rstrip("/")
+
+
+HttpAddress = Annotated[str, AfterValidator(_https)]
+
+
+class AlertsSettings(Section):
+    """
+    When people are told, on whatever channel is set below. See docs/alerts.md.
+
+    A setting that ends in `_secret` never holds the secret: it names a file of mode 0600 by its path, or a
+    systemd credential by its name.
+    """
+
+    repeat_s: Seconds = Field(
+        default=14_400,
+        description="An open incident is told again after this long, unless somebody acknowledged it.",
+    )
+    update_after_s: Seconds = Field(
+        default=300,
+        description="What is done about an incident is told at the latest after this long. Turning points "
+        "(it goes on, it happened again, a person is needed, it is over) are told at once.",
+    )
+    quiet_hours: str | None = Field(
+        default=None,
+        pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$",
+        description="From and to, in the machine's local time. In between only calls are sent; the rest "
+        "follows afterwards, one message for each incident.",
+        examples=["22:00-07:00"],
+    )
+    max_per_hour: int = Field(
+        default=20,
+        ge=1,
+        le=1000,
+        description="Messages to one channel. What is beyond is sent in one digest; calls may take as many "
+        "again.",
+    )
+    page_url: HttpAddress | None = Field(
+        default=None,
+        description="The page's address as people reach it, for the link in messages.",
+        examples=["http://127.0.0.1:8722"],
+    )
+    internal_hosts: tuple[str, ...] = Field(
+        default=(),
+        description="Hosts that alerts may reach at a private address and without TLS. All others must be "
+        "public and speak TLS.",
+        examples=[["mail.cluster.internal", "127.0.0.1"]],
+    )
+    proxy: HttpAddress | None = Field(
+        default=None,
+        description="An HTTP proxy for Slack, webhook and ping. The environment's proxies are not used.",
+        examples=["http://proxy.internal:3128"],
+    )
+    ca_file: LocalPath | None = Field(
+        default=None,
+        description="Certificates to trust beside the machine's own, as PEM.",
+        examples=["/etc/ssl/certs/our-ca.pem"],
+    )
+    dead_man_secret: SecretSource | None = Field(
+        default=None,
+        description="Where the address stands that is asked (GET) while the decision loop turns, as "
+        "healthchecks.io and its kin want it: they call a person when the asking stops.",
+        examples=["dead-man-url"],
+    )
+    dead_man_interval_s: Seconds = Field(default=60, description="Between two such pings.")
+
+
+class SlackSettings(Section):
+    """Slack: an incoming webhook, or a bot token, with which an incident is one thread with its curve."""
+
+    webhook_secret: SecretSource | None = Field(
+        default=None,
+        description="Where the incoming webhook's address stands. Webhooks know no threads and no pictures.",
+        examples=["slack-webhook"],
+    )
+    token_secret: SecretSource | None = Field(
+        default=None,
+        description="Where the bot's token stands (xoxb-…), with the scopes chat:write and files:write. It "
+        "is used rather than the webhook where both are set.",
+        examples=["slack-token"],
+    )
+    channel: str | None = Field(
+        default=None,
+        pattern=r"^[CGD][A-Z0-9]{2,20}$",
+        description="The channel's id, for the bot; it must have been invited there.",
+        examples=["C0123456789"],
+    )
+    api_url: HttpAddress = Field(default="https://slack.com/api", description="Where the bot's interface is.")
+    min_level: Level = Field(default="info", description=_LEVEL)
+
+    @model_validator(mode="after")
+    def _has_a_channel(self) -> Self:
+        if self.token_secret and not self.channel:
+            raise ValueError("channel is missing: the bot must know where to write")
+        return self
+
+
+class EmailSettings(Section):
+    """E-mail by SMTP: text, HTML and the reward's curve."""
+
+    host: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9._:-]{1,253}$",
+        description="The mail server. Without one no mail is sent.",
+        examples=["smtp.example.org"],
+    )
+    port: int | None = Field(
+        default=None, ge=1, le=65535, description="By default 587, or 465 with TLS.", examples=[587]
+    )
+    security: Literal["starttls", "tls", "none"] = Field(
+        default="starttls",
+        description='"starttls" asks for TLS and takes nothing less, "tls" speaks it from the first byte, '
+        '"none" is for hosts in alerts.internal_hosts.',
+    )
+    user: str | None = Field(default=None, description="For the login.", examples=["stepguard"])
+    password_secret: SecretSource | None = Field(
+        default=None, description="Where the password stands.", examples=["smtp-password"]
+    )
+    sender: MailAddress | None = Field(
+        default=None, description="The mail's From.", examples=["stepguard@example.org"]
+    )
+    to: tuple[MailAddress, ...] = Field(
+        default=(), description="Who gets it.", examples=[["oncall@example.org"]]
+    )
+    wait_s: Seconds = Field(
+        default=60,
+        description="The first mail of an incident waits this long: one that repairs itself is one mail and "
+        "not three. A call is sent at once.",
+    )
+    min_level: Level = Field(default="alert", description=_LEVEL)
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.host and not (self.sender and self.to):
+            raise ValueError("sender and to are needed with host")
+        if bool(self.user) != bool(self.password_secret):
+            raise ValueError("user and password_secret belong together")
+        if self.user and self.security == "none":
+            raise ValueError(
+                'security = "none" would show the password to the network; use "starttls" or "tls"'
+            )
+        return self
+
+
 def split_listen(listen: str) -> tuple[IPv4Address | IPv6Address, int]:
     """
     Address and port of `web.listen`.
@@ -715,6 +886,29 @@ def split_listen(listen: str) -> tuple[IPv4Address | IPv6Address, int]:
     return address, number
 
 
+class WebhookSettings(Section):
+    """Any service of your own: one JSON object for each message, signed."""
+
+    url_secret: SecretSource | None = Field(
+        default=None, description="Where the address stands.", examples=["webhook-url"]
+    )
+    signing_secret: SecretSource | None = Field(
+        default=None,
+        description="Where the key stands with which the body is signed (HMAC-SHA256, see docs/alerts.md).",
+        examples=["webhook-key"],
+    )
+    min_level: Level = Field(default="info", description=_LEVEL)
+
+
+class AppriseSettings(Section):
+    """A hundred other services, by Apprise's addresses; needs the extra `apprise`."""
+
+    urls_secret: SecretSource | None = Field(
+        default=None, description="Where the addresses stand, one a line.", examples=["apprise-urls"]
+    )
+    min_level: Level = Field(default="alert", description=_LEVEL)
+
+
 class Config(Section):
     """The whole configuration of one run's daemon."""
 
@@ -731,6 +925,11 @@ class Config(Section):
     control: ControlSettings = Field(default_factory=ControlSettings)
     web: WebSettings = Field(default_factory=WebSettings)
     trainer: LaunchSettings = Field(default_factory=LaunchSettings)
+    alerts: AlertsSettings = Field(default_factory=AlertsSettings)
+    slack: SlackSettings = Field(default_factory=SlackSettings)
+    email: EmailSettings = Field(default_factory=EmailSettings)
+    webhook: WebhookSettings = Field(default_factory=WebhookSettings)
+    apprise: AppriseSettings = Field(default_factory=AppriseSettings)
 
     @field_validator("servers")
     @classmethod

@@ -1,0 +1,1 @@
+"""One file for each channel, and `contract`, which all of them keep."""
