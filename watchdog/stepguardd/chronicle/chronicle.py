@@ -6,8 +6,8 @@ is handed to the journal as an `Entry`.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Final
 
 from ..core.commands import Command, Notify
@@ -55,7 +55,8 @@ class Episode:
     resyncs: int = 0
     rollbacks: int = 0
     refused_batches: int = 0
-    evidence: Mapping[str, float] = field(default_factory=dict)
+    evidence: tuple[str, ...] = ()
+    known_to: str | None = None
     actions: tuple[str, ...] = ()
 
 
@@ -165,7 +166,7 @@ class Chronicle:
         incident = after.incident
         if incident is None and after.last_incident is not before.last_incident:
             incident = after.last_incident
-        elif incident is before.incident and after.trip is before.trip:
+        elif incident is before.incident:
             return None
         if incident is None:
             return None
@@ -206,7 +207,6 @@ def _drawn(old: Episode | None, incident: Incident, after: State, *, now: float,
             attempt=after.trainer.attempt,
         )
     resumed, closed = incident.resumed_at is not None, incident.closed_at is not None
-    trip = after.trip
     return replace(
         old,
         reason=incident.reason.value,
@@ -220,6 +220,7 @@ def _drawn(old: Episode | None, incident: Incident, after: State, *, now: float,
         resyncs=incident.resyncs,
         rollbacks=incident.rollbacks,
         refused_batches=incident.refused_batches,
-        evidence=dict(trip.evidence) or old.evidence if trip is not None else old.evidence,
+        evidence=incident.evidence,
+        known_to=incident.known_to,
         actions=incident.actions,
     )

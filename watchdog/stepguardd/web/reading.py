@@ -40,7 +40,8 @@ class EpisodeDict(TypedDict):
     resyncs: int
     rollbacks: int
     refused_batches: int
-    evidence: dict[str, float | None]
+    evidence: list[str]
+    known_to: str | None
     actions: list[str]
     notices: list[NoticeDict]
 
@@ -135,7 +136,8 @@ def _episode(episode: Episode, notices: Sequence[NoticeDict]) -> EpisodeDict:
         "resyncs": episode.resyncs,
         "rollbacks": episode.rollbacks,
         "refused_batches": episode.refused_batches,
-        "evidence": dict(episode.evidence),
+        "evidence": list(episode.evidence),
+        "known_to": episode.known_to,
         "actions": list(episode.actions),
         "notices": list(notices),
     }
