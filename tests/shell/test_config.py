@@ -254,7 +254,7 @@ def test_every_known_framework_can_be_named() -> None:
 
 
 def test_every_figure_the_core_decides_by_can_be_set_under_the_same_name() -> None:
-    """And at its default the core gets the core's own default, but for the window: see `warnings`."""
+    """And at its default the core gets the core's own default."""
     core = core_settings(Config())
     settable = {key.rpartition(".")[2] for key in keys()}
     settable |= {key.replace(".", "_") for key in keys() if key.startswith("trainer.")}
@@ -262,17 +262,17 @@ def test_every_figure_the_core_decides_by_can_be_set_under_the_same_name() -> No
     assert len(figures) > 15
     assert {field.name for field in figures} <= settable
     unlike = {field.name for field in figures if getattr(core, field.name) != field.default}
-    assert unlike <= {"restart_window_s"}
+    assert unlike == set()
     assert core.reward == RewardConfig()
 
 
-def test_a_window_in_which_the_budget_cannot_run_out_is_warned_of(tmp_path: Path) -> None:
-    good = load_config(written(tmp_path, SERVER), environ={})
-    assert warnings(good) == []
-    bad = load_config(written(tmp_path, SERVER + "[recovery]\nrestart_window_s = 900"), environ={})
-    (warning,) = warnings(bad)
-    assert warning.startswith("recovery.restart_window_s is 900, but 3 restarts")
-    assert "2970" in warning
+def test_a_plain_config_is_warned_of_nothing(tmp_path: Path) -> None:
+    assert warnings(load_config(written(tmp_path, SERVER), environ={})) == []
+
+
+def test_rungs_that_do_not_fall_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="mem_fractions must fall from rung to rung"):
+        load_config(written(tmp_path, SERVER + "[memory]\nmem_fractions = [0.4, 0.8]"), environ={})
 
 
 @pytest.mark.parametrize(

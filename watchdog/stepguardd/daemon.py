@@ -48,7 +48,7 @@ from .incidents import folders
 from .incidents.recorder import IncidentRecorder
 from .journal import Journal, JournalError, Restored
 from .notify import Notifier
-from .settings import core_settings
+from .settings import core_server, core_settings, refitted
 from .sources.pausefile import PauseFile
 from .sources.stream import RewardStream
 from .sources.trainer import ReportSocket, TrainerPage
@@ -242,10 +242,8 @@ class Daemon:
         own changes.
         """
         settings, mode = core_settings(self.config), Mode(self.config.run.mode)
-        fresh = tuple(
-            Server(name=one.name, managed=one.backend != "none", since=clock.monotonic())
-            for one in self.config.servers
-        )
+        now = clock.monotonic()
+        fresh = tuple(core_server(self.config, one, now=now) for one in self.config.servers)
         state = restored.state
         if state is None:
             told = max(restored.incidents, *folders.kept(self.config.run.state_dir), 0)
@@ -260,8 +258,7 @@ class Daemon:
         self._mode_changed = state.settings.mode is not mode
         known = {server.name: server for server in state.servers}
         kept = tuple(
-            replace(known[server.name], managed=server.managed) if server.name in known else server
-            for server in fresh
+            refitted(known[server.name], server) if server.name in known else server for server in fresh
         )
         return replace(state, settings=settings, servers=kept)
 

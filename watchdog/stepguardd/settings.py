@@ -1,8 +1,13 @@
 """The figures of the config as the core wants them: plain values, so that the core knows no pydantic."""
 
-from .config import Config
+from dataclasses import replace
+
+from .config import Config, ServerSettings
+from .core.memory import Climb, Ladder, Limits
 from .core.reward import RewardConfig
-from .core.state import Mode, Settings
+from .core.state import Hands, Mode, Server, Settings
+from .effects.backends.contract import value_of
+from .effects.model_sizes import sizes
 
 
 def core_settings(config: Config) -> Settings:
@@ -18,6 +23,12 @@ def core_settings(config: Config) -> Settings:
         planned_lease_s=probe.planned_lease_s,
         restart_budget=recovery.restart_budget,
         restart_window_s=recovery.restart_window_s,
+        ladder=Ladder(
+            mem_fractions=config.memory.mem_fractions,
+            running=config.memory.running_requests,
+            min_kv_tokens=config.memory.min_kv_tokens,
+            quiet_s=config.memory.step_up_after_s,
+        ),
         backoff_first_s=recovery.backoff_first_s,
         backoff_max_s=recovery.backoff_max_s,
         backoff_jitter=recovery.backoff_jitter,
@@ -54,3 +65,42 @@ def core_settings(config: Config) -> Settings:
             no_step_for_s=config.reward.no_step_for_s,
         ),
     )
+
+
+_HANDS = {"trainer": Hands.TRAINER, "ray": Hands.OTHERS, "http": Hands.OTHERS}
+
+
+def core_server(config: Config, one: ServerSettings, *, now: float) -> Server:
+    """A server of the config of which nothing is known yet."""
+    command = one.command
+    own = Limits(
+        mem_fraction=_number(value_of(command, "--mem-fraction-static")),
+        running=_whole(value_of(command, "--max-running-requests")),
+        prefill_tokens=_whole(value_of(command, "--chunked-prefill-size")),
+        total_tokens=_whole(value_of(command, "--max-total-tokens")),
+    )
+    return Server(
+        name=one.name,
+        managed=one.backend != "none",
+        hands=_HANDS.get(one.backend, Hands.OWN),
+        climb=Climb(own=own, limits=own),
+        sizes=sizes(command, cwd=one.cwd, gpu_gib=config.memory.gpu_gib),
+        since=now,
+    )
+
+
+def refitted(known: Server, fresh: Server) -> Server:
+    """What is known of a server, under the config of today; other arguments begin another climb."""
+    climb = known.climb if known.climb.own == fresh.climb.own else fresh.climb
+    return replace(known, managed=fresh.managed, hands=fresh.hands, sizes=fresh.sizes, climb=climb)
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None
+
+
+def _whole(text: str | None) -> int | None:
+    return int(text) if text is not None and text.isdecimal() else None

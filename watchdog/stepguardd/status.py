@@ -41,7 +41,7 @@ def of(
     """
     settings = state.settings
     left = [
-        budget.left(server.budget, now=now, limit=settings.restart_budget, window_s=settings.restart_window_s)
+        budget.left(server.budget, now=now, limit=settings.restart_budget, window_s=server.window_s(settings))
         for server in state.servers
     ]
     warnings = list(notes)

@@ -58,6 +58,7 @@ from .reasons import Reason
 from .state import (
     REWARDS_KEPT,
     GateOrder,
+    Hands,
     Mode,
     Server,
     ServerState,
@@ -153,7 +154,8 @@ def _on_server(turn: Turn, event: ServerProbed | TreeSampled | ProcessExited | T
 
 
 def _never_started(server: Server) -> bool:
-    return server.managed and server.state is ServerState.STARTING and server.repair is None
+    new = server.state is ServerState.STARTING and server.repair is None
+    return server.managed and server.hands is Hands.OWN and new
 
 
 def _first_word(turn: Turn, server: Server, event: ServerProbed) -> None:

@@ -26,6 +26,27 @@ class Shortage(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Short:
+    """A server ran short of this, at this time, and nothing was changed for it yet."""
+
+    at: float
+    shortage: Shortage
+
+
+SHORTAGES: Final = {
+    "kernel_host": Shortage.HOST,
+    "kernel_cgroup": Shortage.HOST,
+    "cgroup_counter": Shortage.HOST,
+    "ray_monitor": Shortage.HOST,
+    "cuda_start": Shortage.GPU_START,
+    "cuda_run": Shortage.GPU_RUN,
+    "cuda_unknown": Shortage.GPU_RUN,
+    "pool_too_small": Shortage.POOL,
+}
+"""What each kind of out-of-memory that is seen asks for; a full KV pool asks for nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What a server is given. None: whatever its own command says, or SGLang chooses."""
 

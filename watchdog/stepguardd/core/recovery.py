@@ -13,12 +13,12 @@ server answers every probe and serves the base model.
 
 from dataclasses import replace
 
-from . import budget
+from . import budget, memory, rungs
 from .commands import ContinueServer, PushWeights, RunCanary, StartServer, StopServer
 from .events import Answer, EffectEnded, OrderAcknowledged, ServerProbed, TreeSampled
 from .fleet import Remedy, Suspicion, current, well
 from .reasons import Reason
-from .state import Lockout, Mode, Repair, Server, ServerState, Stage
+from .state import Hands, Lockout, Mode, Repair, Server, ServerState, Stage
 from .turn import Turn
 
 _ALIVE = frozenset(
@@ -73,16 +73,16 @@ def restart(turn: Turn, server: Server, reason: Reason) -> None:
         turn.note("call", reason, f"{server.name} is not ours to restart: {reason.value}")
         _enter(turn, server, reason, Stage.WATCH, server.state)
         return
-    if (
-        budget.left(server.budget, now=now, limit=settings.restart_budget, window_s=settings.restart_window_s)
-        < 1
-    ):
+    limit, window_s = settings.restart_budget, server.window_s(settings)
+    if budget.left(server.budget, now=now, limit=limit, window_s=window_s) < 1:
         lock_out(turn, server, Reason.RESTART_BUDGET_SPENT)
         return
-    spent = budget.spend(
-        server.budget, now=now, limit=settings.restart_budget, window_s=settings.restart_window_s
-    )
+    spent = budget.spend(server.budget, now=now, limit=limit, window_s=window_s)
+    server = rungs.suspected(turn, server, reason)
     server = replace(server, budget=spent, restarts=server.restarts + 1)
+    if server.hands is Hands.TRAINER:
+        _rebuild(turn, server, reason)
+        return
     repair = Repair(
         cause=reason, stage=Stage.STOP, since=now, began=now, intent=turn.intent("stop"), restarts=True
     )
@@ -92,6 +92,29 @@ def restart(turn: Turn, server: Server, reason: Reason) -> None:
     turn.note("action", reason, f"restarting {server.name}: {reason.value}")
     assert repair.intent is not None
     turn.commands.append(StopServer(intent=repair.intent, server=server.name, procs=server.procs))
+
+
+def _rebuild(turn: Turn, server: Server, reason: Reason) -> None:
+    """A server inside the trainer: nobody else can make it anew, and the trainer only at a guard call."""
+    if not turn.state.trainer.handles_resync:
+        turn.note("call", reason, f"{server.name} lives in a trainer without on_resync: relaunch the trainer")
+        lock_out(turn, server, Reason.RESYNC_FAILED)
+        return
+    now = turn.now
+    repair = Repair(
+        cause=reason,
+        stage=Stage.START,
+        since=now,
+        began=now,
+        resync_generation=turn.state.gate.generation + 1,
+        restarts=True,
+        started_at=now,
+        unseen=True,
+    )
+    server = replace(_unknown(server), procs=(), repair=repair)
+    turn.put(server.move(ServerState.RESTARTING, now, reason))
+    turn.count("restarts")
+    turn.note("action", reason, f"asking the trainer to make {server.name} anew: {reason.value}")
 
 
 def lock_out(turn: Turn, server: Server | None, reason: Reason) -> None:
@@ -153,8 +176,10 @@ def probed(turn: Turn, server: Server, event: ServerProbed) -> None:
     if repair is None:
         return
     up = event.model_info is Answer.OK and event.ready in {Answer.OK, Answer.NOT_OFFERED}
-    if repair.stage is Stage.READY and up and (server.procs or not server.managed):
-        _canary(turn, server)
+    ours = server.managed and server.hands is Hands.OWN and not repair.unseen
+    if repair.stage is Stage.READY and up and (server.procs or not ours):
+        took_s = 0.0 if repair.started_at is None else turn.now - repair.started_at
+        _canary(turn, replace(server, longest_start_s=max(server.longest_start_s, took_s)))
     elif repair.stage is Stage.WEIGHTS and repair.intent is None:
         if event.model_info is Answer.OK and not repair.push_failed:
             server = replace(server, repair=replace(repair, again_at=None))
@@ -183,6 +208,10 @@ def acknowledged(turn: Turn, server: Server, event: OrderAcknowledged) -> None:
     repair = replace(repair, resync_generation=None, changed=True, resynced_at=turn.now)
     server = replace(server, repair=repair)
     turn.put(server)
+    if repair.stage is Stage.START:  # the trainer made it anew; whether it serves, the probes will tell
+        server = replace(server, repair=replace(repair, stage=Stage.READY, since=turn.now))
+        turn.put(server.move(ServerState.STARTING, turn.now, repair.cause))
+        return
     turn.count("resyncs")
     turn.note("action", repair.cause, f"weights of {server.name} re-synced by the trainer")
     if server.weight_version is None or turn.state.trainer.weight_version is None:
@@ -209,7 +238,8 @@ def ticked(turn: Turn, server: Server) -> None:
                 _start(turn, server)
         case Stage.START | Stage.READY:
             if waited_s > settings.start_timeout_s:
-                _failed(turn, server, Reason.START_FAILED)
+                longest_s = max(server.longest_start_s, waited_s)
+                _failed(turn, replace(server, longest_start_s=longest_s), Reason.START_FAILED)
         case Stage.CANARY:
             if repair.intent is None:
                 if _again(turn, repair):
@@ -371,9 +401,15 @@ def _stop_ended(turn: Turn, server: Server, repair: Repair, event: EffectEnded) 
 def _start(turn: Turn, server: Server) -> None:
     assert server.repair is not None
     intent = turn.intent("start")
-    repair = replace(server.repair, stage=Stage.START, since=turn.now, intent=intent)
+    if server.repair.restarts:
+        server = rungs.chosen(turn, server, server.repair.cause)
+    repair = server.repair
+    assert repair is not None
+    repair = replace(repair, stage=Stage.START, since=turn.now, intent=intent, started_at=turn.now)
     turn.put(replace(_unknown(server), repair=repair))
-    turn.commands.append(StartServer(intent=intent, server=server.name))
+    turn.commands.append(
+        StartServer(intent=intent, server=server.name, arguments=memory.arguments(server.climb))
+    )
 
 
 def _start_ended(turn: Turn, server: Server, repair: Repair, event: EffectEnded) -> None:
@@ -381,9 +417,10 @@ def _start_ended(turn: Turn, server: Server, repair: Repair, event: EffectEnded)
         turn.note("call", Reason.START_FAILED, f"{server.name} did not start: {event.detail}")
         _failed(turn, server, Reason.START_FAILED)
         return
-    server = replace(
-        server, procs=event.procs, repair=replace(repair, stage=Stage.READY, since=turn.now, intent=None)
-    )
+    if "arguments unchanged" in event.detail and memory.arguments(server.climb):
+        turn.note("call", repair.cause, f"{server.name} runs with its old arguments: {event.detail}")
+    repair = replace(repair, stage=Stage.READY, since=turn.now, intent=None, unseen=not event.procs)
+    server = replace(server, procs=event.procs, repair=repair)
     turn.put(server.move(ServerState.STARTING, turn.now, repair.cause))
 
 

@@ -15,6 +15,7 @@ from .budget import Budget
 from .events import GpuTroubled, LogSeen, OomSeen, Proc
 from .invariants import require
 from .ledger import LedgerRow
+from .memory import Climb, Ladder, Short, Sizes
 from .reasons import Reason
 from .reward import RewardConfig, RewardState
 from .reward import start as start_judging
@@ -64,6 +65,14 @@ LEGAL: frozenset[tuple[ServerState, ServerState]] = frozenset(
     }.items()
     for new in (ServerState[name] for name in news.split())
 )
+
+
+class Hands(Enum):
+    """Who makes a server that the daemon may restart."""
+
+    OWN = "own"  # the daemon, by a process, a unit or a container
+    OTHERS = "others"  # somebody else, once asked
+    TRAINER = "trainer"  # the trainer, in whose processes it lives, under the order RESYNC
 
 
 class Stage(Enum):
@@ -127,6 +136,7 @@ class Settings:
     relaunch_window_s: float = 21600.0
     relaunches_without_step: int = 3
     lost_rank_grace_s: float = 30.0
+    ladder: Ladder = field(default_factory=Ladder)
     mode: Mode = Mode.HOLD
     reward: RewardConfig = field(default_factory=RewardConfig)
 
@@ -138,6 +148,7 @@ class Repair:
 
     `changed` tells whether anything was in fact repaired, so that a trip can be laid at this server's door.
     `restarts` tells whether this repair restarts the server, or only looks and re-syncs.
+    `started_at` is when it was last started in it, `unseen` whether that start showed no process here.
     An effect that failed and may be tried again is, but not before `again_at`.
     """
 
@@ -154,6 +165,8 @@ class Repair:
     called: bool = False
     changed: bool = False
     restarts: bool = False
+    started_at: float | None = None
+    unseen: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +175,7 @@ class Server:
 
     name: str
     managed: bool
+    hands: Hands = Hands.OWN
     state: ServerState = ServerState.STARTING
     since: float = 0.0
     reason: Reason | None = None
@@ -170,6 +184,10 @@ class Server:
     repair: Repair | None = None
     budget: Budget = field(default_factory=Budget)
     restarts: int = 0
+    longest_start_s: float = 0.0
+    climb: Climb = field(default_factory=Climb)
+    sizes: Sizes = field(default_factory=Sizes)
+    short: Short | None = None
     seen: bool = False
     stopped: tuple[int, ...] = ()
     running: int | None = None
@@ -187,6 +205,16 @@ class Server:
             return self if reason is self.reason else replace(self, reason=reason)
         require((self.state, to) in LEGAL, f"server {self.name} cannot go from {self.state} to {to}")
         return replace(self, state=to, since=now, reason=reason)
+
+    def window_s(self, settings: Settings) -> float:
+        """
+        Over how long restarts are counted.
+
+        Longer than that many restarts of *this* server take, or one that never comes up would be restarted
+        for ever: budget × (start + detection) × 1.5.
+        """
+        needed_s = settings.restart_budget * (self.longest_start_s + settings.kill_after_s) * 1.5
+        return max(settings.restart_window_s, needed_s)
 
     @property
     def usable(self) -> bool:

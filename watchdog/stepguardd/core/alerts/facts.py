@@ -91,7 +91,7 @@ def about(state: State, incident: Incident | None, now: float) -> About:
     lockout = state.lockout
     left = None
     if server is not None:
-        limit, window_s = settings.restart_budget, settings.restart_window_s
+        limit, window_s = settings.restart_budget, server.window_s(settings)
         left = budget.left(server.budget, now=now, limit=limit, window_s=window_s)
     return About(
         mode=state.mode,
