@@ -153,6 +153,9 @@ class Run:
             if self.server.state is ServerState.SERVING:
                 return
             self.feed(Tick())
+            if self.state.gate.order.value == "RESYNC":
+                generation = self.state.gate.generation
+                self.feed(OrderAcknowledged(generation=generation, order="RESYNC", ok=True))
             self.feed(ServerProbed(server="s", ready=Answer.OK, model_info=Answer.OK))
         raise AssertionError(self.server)
 
@@ -161,7 +164,7 @@ class Run:
         self.until_serving()
 
     def ran_short(self, shortage: Shortage) -> None:
-        turn = Turn(self.state, self.now)
+        turn = Turn(self.state, Tick(), self.now)
         rungs.ran_short(turn, self.server, shortage)
         self.state, _ = turn.finish()
 
