@@ -15,9 +15,12 @@ from stepguardd.core.events import (
     Answer,
     EffectEnded,
     Event,
+    OomKind,
+    OomSeen,
     OrderAcknowledged,
     Proc,
     ProcessExited,
+    Role,
     ServerProbed,
     Tick,
     TrainerSeen,
@@ -178,7 +181,7 @@ def started(**server: object) -> Run:
 
 def test_a_death_for_want_of_memory_restarts_one_rung_down_and_tells_why_with_advice() -> None:
     run = started(climb=Climb(own=Limits(running=64), limits=Limits(running=64)))
-    run.ran_short(Shortage.HOST)
+    run.feed(OomSeen(kind=OomKind.KERNEL_CGROUP, role=Role.SERVER, server="s", pid=7))
     run.dies()
     assert run.starts[-1].arguments == (("--max-running-requests", "32"),)
     incident = run.state.incident or run.state.last_incident
@@ -254,3 +257,10 @@ def trainer(*, handles_resync: bool) -> TrainerSeen:
         handles_rollback=False,
         handles_save=False,
     )
+
+
+def test_a_full_kv_pool_is_no_shortage_and_every_other_kind_is() -> None:
+    for kind in OomKind:
+        run = started()
+        run.feed(OomSeen(kind=kind, role=Role.SERVER, server="s"))
+        assert (run.server.short is None) == (kind is OomKind.KV_FULL)

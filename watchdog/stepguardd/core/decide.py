@@ -22,6 +22,7 @@ from . import (
     recovery,
     relaunch,
     rollbacks,
+    rungs,
     surroundings,
 )
 from .breaker import Phase
@@ -54,6 +55,7 @@ from .events import (
     TreeSampled,
     TreeSeen,
 )
+from .memory import SHORTAGES
 from .reasons import Reason
 from .state import (
     REWARDS_KEPT,
@@ -110,7 +112,9 @@ def _take_in(turn: Turn, event: Event) -> None:
             batches.logged(turn, event)
         case CheckpointSaved() | CheckpointVetted() | CheckpointPinned() | CheckpointGone():
             _on_checkpoint(turn, event)
-        case OomSeen() | GpuTroubled() | LogSeen() | MemoryPressed():
+        case OomSeen():
+            _on_oom(turn, event)
+        case GpuTroubled() | LogSeen() | MemoryPressed():
             surroundings.seen(turn, event)
         case TrainerExited():
             relaunch.exited(turn, event)
@@ -165,6 +169,15 @@ def _first_word(turn: Turn, server: Server, event: ServerProbed) -> None:
             recovery.verify(turn, server, Reason.RECONCILING)
         else:
             turn.put(server.move(ServerState.SERVING, turn.now, None))
+
+
+def _on_oom(turn: Turn, event: OomSeen) -> None:
+    """Told, and kept for the next start of the server that it befell."""
+    surroundings.seen(turn, event)
+    server = None if event.server is None else turn.server(event.server)
+    shortage = SHORTAGES.get(event.kind.value)
+    if server is not None and shortage is not None:
+        rungs.ran_short(turn, server, shortage)
 
 
 def _on_effect(turn: Turn, event: EffectEnded) -> None:
