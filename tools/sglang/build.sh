@@ -35,7 +35,7 @@ say "2/5 torch for the CPU"
 import sys, torch
 if torch.version.cuda is not None:
     sys.exit("sglang: pip brought a CUDA torch; name an index with the CPU build: "
-             "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make sglang")'
+             "PIP_EXTRA_INDEX_URL=<index> make sglang")'
 say "3/5 what SGLang imports (the longest part)"
 "$venv/bin/python" -m pip install -qq -r "$here/requirements.txt"
 say "4/5 SGLang itself"
