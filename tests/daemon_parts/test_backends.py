@@ -28,7 +28,7 @@ import pytest
 from daemon_parts.conftest import until
 from grpo.server_process import free_port
 from stepguardd import proc
-from stepguardd.config import ServerSettings
+from stepguardd.config import LaunchSettings, ServerSettings
 from stepguardd.effects.backends.actor import RayBackend
 from stepguardd.effects.backends.contract import Backend, overlaid, value_of
 from stepguardd.effects.backends.docker import DockerBackend
@@ -37,6 +37,7 @@ from stepguardd.effects.backends.none import ObservedBackend
 from stepguardd.effects.backends.process import ProcessBackend
 from stepguardd.effects.backends.systemd import SystemdBackend
 from stepguardd.effects.backends.trainer import TrainerBackend
+from stepguardd.effects.trainer import Resume, SystemdTrainer
 
 SERVER = """
 import json, os, socket, sys, time
@@ -437,6 +438,41 @@ def test_a_drop_in_that_cannot_be_written_is_told_and_the_unit_runs(tmp_path: Pa
         rig.up(backend, 1)
     finally:
         rig.close()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Failed to {} sglang.service: Access denied",
+        "Failed to {} sglang.service: Interactive authentication required.",
+    ],
+)
+def test_a_systemd_that_gives_no_leave_is_told_with_the_rule_that_gives_it(
+    tmp_path: Path, words: str
+) -> None:
+    rig = SystemdRig(tmp_path)
+    rig.program("systemctl", f'#!/bin/sh\necho "{words.format("$2")}" >&2\nexit 4\n')
+    backend = rig.backend()
+    launch = LaunchSettings(backend="systemd", unit="sglang.service")
+    trainer = SystemdTrainer(launch, tmp_path, (rig.systemctl,))
+    resume = Resume(path=None, step=None)
+    for verb, outcome in (
+        ("start", asyncio.run(backend.start("1-start", {}))),
+        ("stop", asyncio.run(backend.stop(()))),
+        ("start", asyncio.run(trainer.start("1-start", resume))),
+        ("stop", asyncio.run(trainer.stop(()))),
+    ):
+        assert not outcome.ok
+        said = f"systemctl {verb} sglang.service: {words.format(verb).rstrip('.')}; "
+        remedy = "let the daemon's user manage sglang.service in /etc/polkit-1/rules.d/50-stepguard.rules"
+        assert outcome.detail == said + remedy
+
+
+def test_another_refusal_of_systemd_is_quoted_as_it_is(tmp_path: Path) -> None:
+    rig = SystemdRig(tmp_path)
+    rig.program("systemctl", "#!/bin/sh\necho 'Unit sglang.service not found.' >&2\nexit 5\n")
+    outcome = asyncio.run(rig.backend().start("1-start", {}))
+    assert outcome.detail == "systemctl start sglang.service: Unit sglang.service not found."
 
 
 @pytest.mark.parametrize(

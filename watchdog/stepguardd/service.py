@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from .effects.programs import POLKIT_RULE
+
 PROGRAM: Final = "/usr/local/bin/stepguard"
 USER: Final = "stepguard"
 UNITS: Final = (
@@ -128,7 +130,7 @@ def for_system(program: str, *, user: str, group: str, writes: Sequence[Path]) -
         ),
     )
     rule = ServiceFile(
-        path=Path("/etc/polkit-1/rules.d/50-stepguard.rules"),
+        path=Path(POLKIT_RULE),
         text=_text(source, "50-stepguard.rules").replace(
             'subject.user !== "stepguard"', f'subject.user !== "{user}"'
         ),

@@ -2,11 +2,13 @@
 
 import asyncio
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 ANSWER_BYTES_MAX: Final = 64 << 10
 MANAGER: Final = "STEPGUARD_SYSTEMD"
+POLKIT_RULE: Final = "/etc/polkit-1/rules.d/50-stepguard.rules"
+_NO_LEAVE: Final = ("access denied", "interactive authentication required")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +28,14 @@ class Answered:
 def systemctl() -> tuple[str, ...]:
     """The units of a user's manager say so; any other daemon speaks to the machine's."""
     return ("systemctl", "--user") if os.environ.get(MANAGER) == "user" else ("systemctl",)
+
+
+def with_leave(answered: Answered, unit: str) -> Answered:
+    """The same answer; where systemd refused for lack of leave, its trouble names the rule that gives it."""
+    if answered.ok or not any(words in answered.trouble.lower() for words in _NO_LEAVE):
+        return answered
+    trouble = f"{answered.trouble.rstrip('.')}; let the daemon's user manage {unit} in {POLKIT_RULE}"
+    return replace(answered, trouble=trouble)
 
 
 async def ask(*command: str, timeout_s: float, shown: str = "") -> Answered:

@@ -19,7 +19,7 @@ from ..config import LaunchSettings
 from ..core.events import Proc
 from .outcome import Outcome, failed
 from .processes import end
-from .programs import Answered, ask
+from .programs import Answered, ask, with_leave
 
 TRAINER_MARK: Final = "STEPGUARD_TRAINER"
 INTENT_MARK: Final = "STEPGUARD_TRAINER_INTENT"
@@ -229,7 +229,9 @@ class SystemdTrainer:
 
     async def _ask(self, verb: str) -> Answered:
         timeout_s = self._stop_timeout_s + _KILLED_WITHIN_S + 60.0
-        return await ask(*self._systemctl, "--no-ask-password", verb, self._unit, timeout_s=timeout_s)
+        command = (*self._systemctl, "--no-ask-password", verb, self._unit)
+        answered = await ask(*command, timeout_s=timeout_s, shown=f"systemctl {verb} {self._unit}")
+        return with_leave(answered, self._unit)
 
 
 class DockerTrainer:

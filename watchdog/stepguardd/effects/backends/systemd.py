@@ -115,7 +115,7 @@ class SystemdBackend:
         return (await programs.ask(*command, timeout_s=COMMAND_TIMEOUT_S)).trouble
 
     async def _ask(self, verb: str) -> programs.Answered:
-        return await programs.ask(
+        answered = await programs.ask(
             *self._systemctl,
             "--no-ask-password",
             verb,
@@ -123,6 +123,7 @@ class SystemdBackend:
             timeout_s=COMMAND_TIMEOUT_S,
             shown=f"systemctl {verb} {self._unit}",
         )
+        return programs.with_leave(answered, self._unit)
 
 
 def _exec_start(units: str) -> str | None:
