@@ -53,6 +53,7 @@ from .sources.pausefile import PauseFile
 from .sources.stream import RewardStream
 from .sources.trainer import ReportSocket, TrainerPage
 from .sources.trainer_tree import TrainerProcesses
+from .surroundings import Surroundings
 from .watching import WatchedServer, identity
 from .web.reading import CheckpointDict
 from .web.server import PageServer
@@ -115,6 +116,7 @@ class Daemon:
             config.checkpoints, lambda: self.state, self.feed, self._acting.changing_checkpoints
         )
         self._alerting = Alerting(config, lambda: self.state)
+        self._surroundings = Surroundings(config, lambda: self.state, self.feed)
 
     # ---- life ---------------------------------------------------------------------------------------
 
@@ -382,7 +384,7 @@ class Daemon:
             work.append(self._trainer.keep_looking())
         pause = PauseFile(self.config.run.run_dir, lambda: self.state, self.feed)
         work += [_every(PAUSE_FILE_S, pause.look), self._keeper.run(), self._control()]
-        work += self._alerting.work()
+        work += [*self._alerting.work(), self._surroundings.watch()]
         return work
 
     def _vouch(self) -> None:
@@ -444,7 +446,7 @@ class Daemon:
             lost_rows=self.journal.lost_rows,
             journal_failure=self.journal.failure,
         )
-        return {**found, "page": self._web.facts()}
+        return {**found, **self._surroundings.status(), "page": self._web.facts()}
 
     async def ask(self, verb: Verb, who: str, why: str, args: Mapping[str, object]) -> Mapping[str, object]:
         """

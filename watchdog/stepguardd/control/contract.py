@@ -143,6 +143,12 @@ class GpuDict(TypedDict, total=False):
     used_bytes: int | None
     total_bytes: int | None
     lost: bool
+    mig: bool | None
+    busy_percent: int | None
+    temperature_c: int | None
+    power_w: float | None
+    throttled_by: list[str] | None
+    ecc_uncorrected: int | None
 
 
 class HostDict(TypedDict, total=False):
@@ -172,6 +178,7 @@ class StatusDict(TypedDict, total=False):
     servers: list[ServerDict]
     gpus: list[GpuDict] | None
     host: HostDict | None
+    unseen: dict[str, str]
     incident: IncidentDict | None
     last_incident: IncidentDict | None
     budget: BudgetDict

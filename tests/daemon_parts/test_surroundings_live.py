@@ -1,0 +1,271 @@
+"""Logs, kills for memory and GPUs reach the daemon's decisions; and a source that fails stays unknown."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from daemon_parts.small_run import small_run
+from stepguardd import proc
+from stepguardd.config import Config, load_config
+from stepguardd.core.events import (
+    Event,
+    GpuTrouble,
+    GpuTroubled,
+    LogSeen,
+    OomKind,
+    OomSeen,
+    Proc,
+    Role,
+)
+from stepguardd.core.signs import Sign
+from stepguardd.core.state import Mode, Server, Settings, State, initial
+from stepguardd.sources.gpu import GpuSense
+from stepguardd.sources.kmsg import KernelLogError, KernelMessage
+from stepguardd.sources.nvml import Gpu, GpuError, GpuLook, GpuProcess, Xid
+from stepguardd.surroundings import GpuTroubles, Owners, Surroundings
+
+GIB = 1 << 30
+CRASH = "Subprocess scheduler_0 (pid=4242) crashed with exit code -9. Triggering SIGQUIT for cleanup...\n"
+CUDA_OOM = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 3 has a total\n"
+KILLED = (
+    "Memory cgroup out of memory: Killed process {pid} (python3) total-vm:4194304kB, "
+    "anon-rss:1048576kB, file-rss:0kB, shmem-rss:0kB, UID:0 pgtables:60kB oom_score_adj:0"
+)
+
+
+class Kernel:
+    """A kernel's log that says what the test wants."""
+
+    lost = 0
+
+    def __init__(self) -> None:
+        self.says: list[str] = []
+        self.over = False
+        self.closed = 0
+
+    def poll(self) -> tuple[KernelMessage, ...]:
+        if self.over:
+            raise KernelLogError("the kernel's log is over")
+        said, self.says = self.says, []
+        return tuple(KernelMessage(text=text, time_s=1.0) for text in said)
+
+    def fileno(self) -> int:
+        raise AssertionError("nobody waits for it")
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@dataclass
+class Driver:
+    """A driver whose next look is the test's."""
+
+    looks: GpuLook | GpuError
+
+    def look(self) -> GpuLook:
+        if isinstance(self.looks, GpuError):
+            raise self.looks
+        return self.looks
+
+
+class Run:
+    """A run's surroundings, without a daemon: its state is the test's, and what is told is kept."""
+
+    def __init__(self, root: Path) -> None:
+        path = root / "config.toml"
+        path.write_text(
+            f'[run]\nrun_dir = "{root}/run"\nstate_dir = "{root}/state"\n'
+            f'[server]\nname = "left"\nlog = "{root}/left.log"\n'
+            f'[trainer]\nlog = "{root}/trainer.log"\n'
+        )
+        self.config: Config = load_config(path)
+        self.log, self.trainer_log = root / "left.log", root / "trainer.log"
+        self.told: list[Event] = []
+        self.kernel = Kernel()
+        self.driver = Driver(GpuError("GPUs are not watched: no driver"))
+        self.state: State = initial(Settings(), Mode.HOLD, (Server(name="left", managed=False, since=0.0),))
+
+    def own(self, *pids: int) -> None:
+        found = [one for pid in pids if (one := proc.stat(pid)) is not None]
+        procs = tuple(Proc(pid=one.pid, start_ticks=one.start_ticks, role="server") for one in found)
+        self.state = replace(self.state, servers=(replace(self.state.servers[0], procs=procs),))
+
+    def watch(
+        self,
+        act: Callable[[Surroundings], None],
+        until: Callable[[Surroundings], object],
+        kernel_log: Callable[[], Kernel] | None = None,
+    ) -> Surroundings:
+        """Watch; when everything was looked at once, act; go on until it holds."""
+
+        async def live() -> Surroundings:
+            seen = Surroundings(
+                self.config,
+                lambda: self.state,
+                self.told.append,
+                gpus=GpuSense(self.driver),
+                kernel_log=kernel_log or (lambda: self.kernel),
+            )
+            watching = asyncio.create_task(seen.watch())
+            async with asyncio.timeout(30):
+                await asyncio.sleep(0.7)
+                act(seen)
+                while not until(seen):
+                    assert not watching.done(), watching
+                    await asyncio.sleep(0.02)
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+            return seen
+
+        return asyncio.run(live())
+
+
+def test_lines_of_both_logs_are_told_with_whose_they_are(tmp_path: Path) -> None:
+    """What stood there before is history; memory that ran out is an event of its own."""
+    run = Run(tmp_path)
+    run.log.write_text(CRASH)
+
+    def more(_: Surroundings) -> None:
+        with run.log.open("a") as log:
+            log.write(CUDA_OOM)
+        run.trainer_log.write_text(CUDA_OOM)
+
+    run.watch(more, lambda _: len(run.told) >= 4)
+    lines = [event for event in run.told if isinstance(event, LogSeen)]
+    assert [(line.sign, line.server) for line in lines] == [(Sign.CUDA_OOM, "left"), (Sign.CUDA_OOM, None)]
+    ooms = [event for event in run.told if isinstance(event, OomSeen)]
+    assert [(oom.kind, oom.role, oom.server, oom.gpu) for oom in ooms] == [
+        (OomKind.CUDA_UNKNOWN, Role.SERVER, "left", 3),
+        (OomKind.CUDA_UNKNOWN, Role.TRAINER, None, 3),
+    ]
+    assert ooms[0].used_bytes == 2 * GIB
+
+
+def test_the_kernels_kill_names_the_server_whose_process_is_gone(tmp_path: Path) -> None:
+    """The tree is empty by the time that the kernel's line is read."""
+    run = Run(tmp_path)
+    run.own(os.getpid())
+
+    def kill(_: Surroundings) -> None:
+        run.own()
+        run.kernel.says = [KILLED.format(pid=os.getpid()), KILLED.format(pid=999_999)]
+
+    seen = run.watch(kill, lambda _: len(run.told) >= 2)
+    ooms = [event for event in run.told if isinstance(event, OomSeen)]
+    assert [(oom.kind, oom.role, oom.server) for oom in ooms] == [
+        (OomKind.KERNEL_CGROUP, Role.SERVER, "left"),
+        (OomKind.KERNEL_CGROUP, Role.UNKNOWN, None),
+    ]
+    host = seen.status()["host"]
+    assert isinstance(host, dict)
+    assert host["oom_kills"] == 2
+    assert host["available_bytes"] < host["total_bytes"]
+    assert run.kernel.closed == 1
+
+
+def test_a_source_that_fails_is_unknown_and_the_others_go_on(tmp_path: Path) -> None:
+    """A log that is a folder, a kernel's log that ends, a driver that is not there."""
+    run = Run(tmp_path)
+    run.log.mkdir()
+
+    def fail(_: Surroundings) -> None:
+        run.kernel.over = True
+        run.trainer_log.write_text(CUDA_OOM)
+
+    seen = run.watch(fail, lambda seen: run.told and {"kernel log", "GPUs"} <= seen.unseen.keys())
+    assert str(run.log) in seen.unseen["log of left"]
+    assert seen.unseen["kernel log"] == "the kernel's log is over"
+    assert seen.unseen["GPUs"] == "GPUs are not watched: no driver"
+    assert all("\n" not in cause for cause in seen.unseen.values())
+    assert seen.status()["gpus"] is None
+    assert [type(event) for event in run.told] == [LogSeen, OomSeen]
+
+
+def test_a_kernel_log_that_may_not_be_read_is_no_count_of_zero(tmp_path: Path) -> None:
+    """Unknown is not 0."""
+
+    def refused() -> Kernel:
+        raise KernelLogError("/dev/kmsg: Operation not permitted")
+
+    run = Run(tmp_path)
+    seen = run.watch(lambda _: None, lambda seen: "kernel log" in seen.unseen, refused)
+    host = seen.status()["host"]
+    assert isinstance(host, dict)
+    assert host["oom_kills"] is None
+
+
+def test_gpus_are_in_the_status_and_their_xids_are_told(tmp_path: Path) -> None:
+    """The reading is whole; the fault names its GPU."""
+    run = Run(tmp_path)
+    gpu = Gpu(index=0, uuid="GPU-a", used_bytes=60 * GIB, total_bytes=80 * GIB)
+    run.driver.looks = GpuLook(gpus=(gpu,), xids=(Xid(uuid="GPU-a", number=79),))
+    seen = run.watch(lambda _: None, lambda _: run.told)
+    assert run.told[0] == GpuTroubled(trouble=GpuTrouble.XID, gpu=0, number=79, text="GPU 0 reported Xid 79")
+    gpus = seen.status()["gpus"]
+    assert isinstance(gpus, list)
+    assert (gpus[0]["used_bytes"], gpus[0]["total_bytes"], gpus[0]["lost"]) == (60 * GIB, 80 * GIB, False)
+    assert gpus[0]["temperature_c"] is None
+
+
+def test_a_gpus_trouble_is_told_when_it_begins_and_not_again() -> None:
+    """Lost, and new ECC errors above what was there at the first look."""
+    troubles = GpuTroubles(Owners())
+    told = []
+    for now, (lost, ecc) in enumerate([(False, 5), (False, 5), (False, 7), (True, 7), (True, 7), (False, 7)]):
+        gpus = (Gpu(index=0, ecc_uncorrected=ecc), Gpu(index=1, lost=lost))
+        told += [(now, one.trouble, one.gpu, one.number) for one in troubles.look(float(now), gpus, ())]
+    assert told == [(2, GpuTrouble.ECC, 0, 2), (3, GpuTrouble.LOST, 1, None)]
+
+
+def test_a_gpu_that_fills_up_is_told_of_once() -> None:
+    """Steady growth for ten minutes, looked at each 2.5 s."""
+    troubles = GpuTroubles(Owners())
+    told = []
+    for look in range(240):
+        gpus = (Gpu(index=0, used_bytes=40 * GIB + look * GIB // 12, total_bytes=80 * GIB),)
+        told += troubles.look(2.5 * look, gpus, ())
+    assert [one.trouble for one in told] == [GpuTrouble.FILLING]
+    assert "will be full in" in told[0].text
+
+
+def test_only_a_leftover_of_the_run_is_an_orphan() -> None:
+    """Our own process left the tree and lives; another's memory is none of our business."""
+    owners, state = Owners(), initial(Settings(), Mode.HOLD, (Server(name="s", managed=True, since=0.0),))
+    found = proc.stat(os.getpid())
+    assert found is not None
+    mine = Proc(pid=found.pid, start_ticks=found.start_ticks, role="scheduler")
+    owners.look(replace(state, servers=(replace(state.servers[0], procs=(mine,)),)), 0.0)
+    troubles, told = GpuTroubles(owners), []
+    for now in (1.0, 5.0, 20.0, 25.0):
+        owners.look(state, now)
+        holders = (GpuProcess(pid=mine.pid, used_bytes=GIB), GpuProcess(pid=1, used_bytes=GIB))
+        told += [(now, one.number) for one in troubles.look(now, (Gpu(index=0, processes=holders),), ())]
+    assert told == [(20.0, mine.pid)]
+
+
+@pytest.mark.e2e
+def test_a_live_daemon_tells_of_a_crash_and_of_memory_in_a_servers_log(
+    tmp_path: Path, base_model: Path
+) -> None:
+    """The process lives on: it is suspected and looked at, and serves again without a restart."""
+    with small_run(tmp_path, base_model, push=True) as run:
+        run.daemon()
+        run.until(run.serving, "the first start")
+        log = run.state_dir / "servers" / "server.log"
+        with log.open("a") as end:
+            end.write(CUDA_OOM)
+        run.until(lambda: "CUDA ran out of memory" in run.log.read_text(), "memory is told of")
+        with log.open("a") as end:
+            end.write(CRASH)
+        run.until(lambda: "server_exception" in run.log.read_text(), "the crash line is told of")
+        run.until(run.serving, "it serves again")
+        assert len(run.starts()) == 1
+        host = run.status()["host"]
+        assert host["total_bytes"] > host["available_bytes"] > 0
+        run.until(lambda: "GPUs" in run.status()["unseen"] or run.status()["gpus"], "the GPUs were asked")

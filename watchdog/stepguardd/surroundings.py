@@ -1,0 +1,451 @@
+"""
+What goes on around the run, live: logs, kills for memory, GPUs and memory pressure, as events of the core.
+
+Promises that none of it ever ends the daemon or keeps it waiting: a source that fails is unknown, said in one
+line when that begins, and asked again. Files are read in a thread of their own, since a disk may stall.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from . import clock, proc
+from .config import Config
+from .control.contract import GpuDict, HostDict
+from .core.events import (
+    Event,
+    GpuTrouble,
+    GpuTroubled,
+    LogSeen,
+    MemoryPressed,
+    OomSeen,
+    Proc,
+    Role,
+)
+from .core.state import State
+from .sources.cgroups import KillCounter, MemoryCgroup, memory_cgroup, memory_pressure, pressure_warning
+from .sources.gpu import GpuSense, Headroom, strangers
+from .sources.kmsg import KernelLog, KernelLogError, open_kernel_log
+from .sources.logs import LogError, LogFollower, LogMatch
+from .sources.nvml import Gpu, Xid
+from .sources.oom import OomSense, oom_in_log
+
+log = logging.getLogger("stepguardd")
+
+INTERVAL_S: Final = 0.5
+SLOW_INTERVAL_S: Final = 2.5
+RETRY_S: Final = 60.0
+DEAD_KNOWN_FOR_S: Final = 60.0
+"""So long after it was last in a tree a pid still tells whose it was; later it may be another process."""
+ORPHAN_AFTER_S: Final = 15.0
+FILLING_AGAIN_S: Final = 1800.0
+
+_MEMINFO: Final = Path("/proc/meminfo")
+
+
+class Surroundings:
+    """
+    Watches what surrounds a run.
+
+    Args:
+        config: the whole configuration.
+        state: what the core knows now: whose processes are whose.
+        emit: where the events go.
+        gpus: who asks the GPUs.
+        kernel_log: opens the kernel's log; raises KernelLogError.
+
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        state: Callable[[], State],
+        emit: Callable[[Event], None],
+        *,
+        gpus: GpuSense | None = None,
+        kernel_log: Callable[[], KernelLog] = open_kernel_log,
+    ) -> None:
+        self._state = state
+        self._emit = emit
+        self.unseen: dict[str, str] = {}
+        """What is unknown, each with its cause in one line."""
+        self._logs = [_Log(server.name, config.server_log(server)) for server in config.servers]
+        if config.trainer.log is not None or config.trainer.backend == "process":
+            self._logs.append(_Log(None, config.trainer_log()))
+        self._owners = Owners()
+        self._kills = _Kills(self._owners, kernel_log, self._known)
+        self._gpu = gpus or GpuSense()
+        self._gpu_troubles = GpuTroubles(self._owners)
+        self._gpus: tuple[Gpu, ...] | None = None
+        self._short = False
+
+    async def watch(self) -> None:
+        """Look at an interval. Ends by cancellation, and leaves nothing open."""
+        reading: asyncio.Future[list[tuple[_Log, tuple[LogMatch, ...]]]] | None = None
+        slow_due = 0.0
+        try:
+            while True:
+                reading = asyncio.ensure_future(asyncio.to_thread(self._read_logs))
+                for followed, matches in await asyncio.shield(reading):
+                    self._tell_lines(followed, matches)
+                now = clock.monotonic()
+                self._owners.look(self._state(), now)
+                for kill in self._kills.poll(now):
+                    self._emit(kill)
+                if now >= slow_due:
+                    slow_due = now + SLOW_INTERVAL_S
+                    self._look_at_gpus(now)
+                    self._look_at_pressure()
+                await asyncio.sleep(INTERVAL_S)
+        finally:
+            if reading is not None:
+                await asyncio.wait({reading}, timeout=2.0)
+            if reading is None or reading.done():
+                for followed in self._logs:
+                    followed.close()
+            self._kills.close()
+            self._gpu.close()
+
+    def status(self) -> dict[str, object]:
+        """The keys of `status` that are this module's: `gpus`, `host` and `unseen`."""
+        gpus = None if self._gpus is None else [_gpu_dict(gpu) for gpu in self._gpus]
+        return {"gpus": gpus, "host": _host(self._kills.seen), "unseen": dict(self.unseen)}
+
+    def _read_logs(self) -> "list[tuple[_Log, tuple[LogMatch, ...]]]":
+        return [(followed, followed.poll()) for followed in self._logs]
+
+    def _tell_lines(self, followed: "_Log", matches: tuple[LogMatch, ...]) -> None:
+        self._known(f"log of {followed.server or 'the trainer'}", followed.cause)
+        role = Role.TRAINER if followed.server is None else Role.SERVER
+        for match in matches:
+            self._emit(LogSeen(sign=match.sign, server=followed.server, line=match.line, count=match.count))
+            oom = oom_in_log(match, role)
+            if oom is not None:
+                self._emit(replace(oom, server=followed.server if oom.role is Role.SERVER else None))
+
+    def _look_at_gpus(self, now: float) -> None:
+        reading = self._gpu.poll(now)
+        self._gpus = reading.gpus
+        self._known("GPUs", None if reading.asked is None and reading.gpus is None else reading.cause)
+        for trouble in self._gpu_troubles.look(now, reading.gpus, reading.xids):
+            self._emit(trouble)
+
+    def _look_at_pressure(self) -> None:
+        pressure = memory_pressure()
+        if pressure is None:
+            self._known("memory pressure", "this kernel keeps no /proc/pressure/memory")
+            return
+        self._known("memory pressure", None)
+        short = pressure_warning(pressure) is not None
+        if short != self._short:
+            self._short = short
+            self._emit(MemoryPressed(short=short, some_10s=pressure.some_10s, full_10s=pressure.full_10s))
+
+    def _known(self, what: str, cause: str | None) -> None:
+        """Say once that something is unknown and why, and once that it is known again."""
+        if cause is None:
+            if self.unseen.pop(what, None) is not None:
+                log.info("%s: seen again", what)
+        else:
+            if what not in self.unseen:
+                log.info("%s: unknown: %s", what, cause)
+            self.unseen[what] = cause
+
+
+class _Log:
+    """One log that is followed, from where it stood when the daemon came; None is the trainer's."""
+
+    def __init__(self, server: str | None, path: Path) -> None:
+        self.server = server
+        self.cause: str | None = None
+        self._path = path
+        self._follower: LogFollower | None = None
+
+    def poll(self) -> tuple[LogMatch, ...]:
+        """What it says that means something; nothing while it cannot be read."""
+        try:
+            if self._follower is None:
+                self._follower = LogFollower(self._path, from_end=True)
+            matches = self._follower.poll()
+        except LogError as unreadable:
+            self.cause = str(unreadable)
+            return ()
+        self.cause = None
+        return matches
+
+    def close(self) -> None:
+        """Give the file back."""
+        if self._follower is not None:
+            self._follower.close()
+
+
+@dataclass(slots=True)
+class _Owned:
+    """A process of the run, living or dead: whose it is, and when it was last in a tree."""
+
+    proc: Proc
+    role: Role
+    server: str | None
+    seen_at: float
+
+
+class Owners:
+    """Whose process a pid was, known from before its death; and which processes are the run's now."""
+
+    def __init__(self) -> None:
+        self._owned: dict[int, _Owned] = {}
+        self._current: frozenset[int] = frozenset()
+        self.roots: tuple[tuple[Proc, Role, str | None], ...] = ()
+
+    def look(self, state: State, now: float) -> None:
+        """Take in the trees as they are now."""
+        trees: list[tuple[tuple[Proc, ...], Role, str | None]] = [
+            (server.procs, Role.SERVER, server.name) for server in state.servers
+        ]
+        trees.append((state.trainer.procs, Role.TRAINER, None))
+        for procs, role, server in trees:
+            for one in procs:
+                self._owned[one.pid] = _Owned(one, role, server, now)
+        current = {one.pid for procs, _, _ in trees for one in procs}
+        page = state.trainer.pid
+        if page is not None and page not in current and state.trainer.alive:
+            self._page_pid(page, now)
+            current.add(page)
+        self._current = frozenset(current)
+        self.roots = tuple((procs[0], role, server) for procs, role, server in trees if procs)
+        if not state.trainer.procs and page in self._owned and page in current:
+            self.roots = (*self.roots, (self._owned[page].proc, Role.TRAINER, None))
+        for pid in [pid for pid, known in self._owned.items() if self._over(known, now)]:
+            del self._owned[pid]
+
+    def of(self, pid: int | None) -> tuple[Role, str | None]:
+        """Whose it is or was, with the server's name; unknown for one that was never in a tree."""
+        known = None if pid is None else self._owned.get(pid)
+        return (Role.UNKNOWN, None) if known is None else (known.role, known.server)
+
+    def orphan(self, pid: int, now: float) -> bool:
+        """Whether a process of the run lives on though it belongs to no tree any more, and not only just."""
+        known = self._owned.get(pid)
+        return (
+            known is not None
+            and pid not in self._current
+            and now - known.seen_at > ORPHAN_AFTER_S
+            and proc.alive(known.proc)
+        )
+
+    @property
+    def current(self) -> frozenset[int]:
+        """The pids of the run's trees now."""
+        return self._current
+
+    def _page_pid(self, pid: int, now: float) -> None:
+        """The trainer that only its page tells of; its start time is looked up once."""
+        known = self._owned.get(pid)
+        if known is not None and known.role is Role.TRAINER:
+            known.seen_at = now
+            return
+        found = proc.stat(pid)
+        if found is not None:
+            one = Proc(pid=pid, start_ticks=found.start_ticks, role="trainer")
+            self._owned[pid] = _Owned(one, Role.TRAINER, None, now)
+
+    def _over(self, known: _Owned, now: float) -> bool:
+        return (
+            known.proc.pid not in self._current
+            and now - known.seen_at > DEAD_KNOWN_FOR_S
+            and not proc.alive(known.proc)
+        )
+
+
+class _Kills:
+    """The kernel's kills: its log where that can be read, and the counter of each cgroup of the run."""
+
+    def __init__(
+        self,
+        owners: Owners,
+        kernel_log: Callable[[], KernelLog],
+        known: Callable[[str, str | None], None],
+    ) -> None:
+        self.seen: int | None = None
+        self._owners = owners
+        self._open = kernel_log
+        self._known = known
+        self._kernel_log: KernelLog | None = None
+        self._sense: OomSense | None = None
+        self._retry_at = 0.0
+        self._cgroups: dict[Proc, MemoryCgroup | None] = {}
+        self._counters: dict[MemoryCgroup, KillCounter] = {}
+
+    def poll(self, now: float) -> list[OomSeen]:
+        """What is new, each with its owner where that is known."""
+        kills = self._counted()
+        if self._sense is None and now >= self._retry_at:
+            self._retry_at = now + RETRY_S
+            self._begin()
+        if self._sense is not None:
+            try:
+                told = self._sense.poll()
+            except KernelLogError as over:
+                self._known("kernel log", str(over))
+                self.close()
+                told = ()
+            self.seen = (self.seen or 0) + sum(kill.count for kill in told)
+            kills += [replace(kill, server=self._owners.of(kill.pid)[1]) for kill in told]
+        elif self._counters:
+            self.seen = (self.seen or 0) + sum(kill.count for kill in kills)
+        return kills
+
+    def close(self) -> None:
+        """Give the kernel's log back."""
+        if self._kernel_log is not None:
+            self._kernel_log.close()
+        self._kernel_log, self._sense = None, None
+
+    def _begin(self) -> None:
+        try:
+            self._kernel_log = self._open()
+        except KernelLogError as refused:
+            self._known("kernel log", str(refused))
+            return
+        self._known("kernel log", None)
+        self._sense = OomSense(
+            role_of=lambda pid, _name: self._owners.of(pid)[0], kernel_log=self._kernel_log
+        )
+
+    def _counted(self) -> list[OomSeen]:
+        """New kills in the cgroups of the trees' roots; a cgroup that several share names nobody."""
+        roots = self._owners.roots
+        self._cgroups = {
+            root: self._cgroups[root] if root in self._cgroups else memory_cgroup(root.pid)
+            for root, _, _ in roots
+        }
+        inside: dict[MemoryCgroup, set[tuple[Role, str | None]]] = {}
+        for root, role, server in roots:
+            cgroup = self._cgroups[root]
+            if cgroup is not None:
+                inside.setdefault(cgroup, set()).add((role, server))
+        # One whose last process was killed is read once more: its counter may tell of that very kill.
+        kills = []
+        for cgroup, counter in self._counters.items():
+            owners = inside.get(cgroup, set())
+            role, server = next(iter(owners)) if len(owners) == 1 else (Role.UNKNOWN, None)
+            sense = OomSense(role_of=lambda _pid, _name: Role.UNKNOWN, counters=[(counter, role)])
+            kills += [replace(kill, server=server) for kill in sense.poll()]
+        self._counters = {
+            cgroup: self._counters[cgroup] if cgroup in self._counters else KillCounter(cgroup)
+            for cgroup in inside
+        }
+        return kills
+
+
+class GpuTroubles:
+    """What is wrong with the GPUs, told when it begins. A first look is where counting starts."""
+
+    def __init__(self, owners: Owners) -> None:
+        self._owners = owners
+        self._lost: frozenset[int] = frozenset()
+        self._ecc: dict[int, int] = {}
+        self._headroom: dict[int, Headroom] = {}
+        self._filling_told: dict[int, float] = {}
+        self._orphans: frozenset[tuple[int, int]] = frozenset()
+        self._last: tuple[Gpu, ...] | None = None
+
+    def look(self, now: float, gpus: tuple[Gpu, ...] | None, xids: Iterable[Xid]) -> list[GpuTroubled]:
+        """Take in one reading; one that was handed out before tells nothing new."""
+        found = [self._xid(xid, gpus) for xid in xids]
+        if gpus is None or gpus is self._last:
+            return found
+        self._last = gpus
+        lost = frozenset(gpu.index for gpu in gpus if gpu.lost)
+        found += [
+            GpuTroubled(
+                trouble=GpuTrouble.LOST, gpu=index, text=f"GPU {index} is lost: it has fallen off the bus"
+            )
+            for index in sorted(lost - self._lost)
+        ]
+        self._lost = lost
+        for gpu in gpus:
+            found += self._errors(gpu)
+            found += self._filling(now, gpu)
+        return found + self._held(now, gpus)
+
+    def _xid(self, xid: Xid, gpus: tuple[Gpu, ...] | None) -> GpuTroubled:
+        index = next((gpu.index for gpu in gpus or () if xid.uuid is not None and gpu.uuid == xid.uuid), None)
+        whose = "a GPU" if index is None else f"GPU {index}"
+        return GpuTroubled(
+            trouble=GpuTrouble.XID, gpu=index, number=xid.number, text=f"{whose} reported Xid {xid.number}"
+        )
+
+    def _errors(self, gpu: Gpu) -> list[GpuTroubled]:
+        errors = gpu.ecc_uncorrected
+        if errors is None:
+            return []
+        before, self._ecc[gpu.index] = self._ecc.get(gpu.index, errors), errors
+        new = errors - before
+        if new <= 0:
+            return []
+        text = f"GPU {gpu.index}: {new} new uncorrected memory errors (ECC)"
+        return [GpuTroubled(trouble=GpuTrouble.ECC, gpu=gpu.index, number=new, text=text)]
+
+    def _filling(self, now: float, gpu: Gpu) -> list[GpuTroubled]:
+        warning = self._headroom.setdefault(gpu.index, Headroom()).observe(now, gpu)
+        told = self._filling_told.get(gpu.index)
+        if warning is None or (told is not None and now - told < FILLING_AGAIN_S):
+            return []
+        self._filling_told[gpu.index] = now
+        return [GpuTroubled(trouble=GpuTrouble.FILLING, gpu=gpu.index, text=warning)]
+
+    def _held(self, now: float, gpus: tuple[Gpu, ...]) -> list[GpuTroubled]:
+        """Memory that a leftover of the run holds; other people's jobs are none of its business."""
+        held = frozenset(
+            (index, process.pid)
+            for index, process in strangers(gpus, self._owners.current)
+            if self._owners.orphan(process.pid, now)
+        )
+        new, self._orphans = held - self._orphans, held
+        return [
+            GpuTroubled(
+                trouble=GpuTrouble.ORPHAN,
+                gpu=index,
+                number=pid,
+                text=f"GPU {index}: pid {pid}, a leftover of this run, still holds memory",
+            )
+            for index, pid in sorted(new)
+        ]
+
+
+def _gpu_dict(gpu: Gpu) -> GpuDict:
+    return {
+        "index": gpu.index,
+        "used_bytes": gpu.used_bytes,
+        "total_bytes": gpu.total_bytes,
+        "lost": gpu.lost,
+        "mig": gpu.mig,
+        "busy_percent": gpu.busy_percent,
+        "temperature_c": gpu.temperature_c,
+        "power_w": gpu.power_w,
+        "throttled_by": None if gpu.throttled_by is None else list(gpu.throttled_by),
+        "ecc_uncorrected": gpu.ecc_uncorrected,
+    }
+
+
+def _host(kills: int | None) -> HostDict:
+    """The machine's memory now (proc_meminfo(5)); read at each question, since nobody else needs it."""
+    found: dict[str, int] = {}
+    try:
+        lines = _MEMINFO.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        key, _, rest = line.partition(":")
+        number = rest.split()[:1]
+        if key in {"MemAvailable", "MemTotal"} and number and number[0].isdigit():
+            found[key] = 1024 * int(number[0])
+    return {
+        "available_bytes": found.get("MemAvailable"),
+        "total_bytes": found.get("MemTotal"),
+        "oom_kills": kills,
+    }
