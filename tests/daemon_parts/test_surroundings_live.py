@@ -81,7 +81,8 @@ class Run:
         path = root / "config.toml"
         path.write_text(
             f'[run]\nrun_dir = "{root}/run"\nstate_dir = "{root}/state"\n'
-            f'[server]\nname = "left"\nlog = "{root}/left.log"\n'
+            f'[server]\nname = "left"\nbackend = "none"\nurl = "http://127.0.0.1:9"\n'
+            f'log = "{root}/left.log"\n'
             f'[trainer]\nlog = "{root}/trainer.log"\n'
         )
         self.config: Config = load_config(path)
