@@ -30,6 +30,8 @@ from stepguardd.sources.kmsg import KernelLogError, KernelMessage
 from stepguardd.sources.nvml import Gpu, GpuError, GpuLook, GpuProcess, Xid
 from stepguardd.surroundings import GpuTroubles, Owners, Surroundings
 
+pytestmark = pytest.mark.e2e
+
 GIB = 1 << 30
 CRASH = "Subprocess scheduler_0 (pid=4242) crashed with exit code -9. Triggering SIGQUIT for cleanup...\n"
 CUDA_OOM = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 3 has a total\n"
@@ -250,7 +252,6 @@ def test_only_a_leftover_of_the_run_is_an_orphan() -> None:
     assert told == [(20.0, mine.pid)]
 
 
-@pytest.mark.e2e
 def test_a_live_daemon_tells_of_a_crash_and_of_memory_in_a_servers_log(
     tmp_path: Path, base_model: Path
 ) -> None:
