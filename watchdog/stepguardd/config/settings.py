@@ -84,6 +84,10 @@ class RunSettings(Section):
         description='What becomes of the servers with backend "process" when the daemon is stopped: "keep" '
         'leaves them running for the next daemon to take up again, "stop" ends them with it.',
     )
+    drills: bool = Field(
+        default=False,
+        description="Whether `stepguard drill` may strike this run's servers. For staging runs alone.",
+    )
 
     @model_validator(mode="after")
     def _sockets_fit(self) -> Self:
