@@ -63,7 +63,7 @@ def commands() -> list[tuple[str, list[str]]]:
     for page in PAGES:
         blocks = (text for kind, text in BLOCK.findall(page.read_text()) if kind in {"sh", "bash"})
         found += [(page.name, words) for text in blocks for words in in_script(text)]
-    for script in named("*.sbatch"):
+    for script in (*named("*.sbatch"), *named("*.sh")):
         found += [(script.name, words) for words in in_script(script.read_text())]
     for path in named("*.yaml"):
         for value in leaves(documents(path)):
@@ -107,9 +107,9 @@ def test_every_command_shown_is_one_that_the_command_line_takes(file: str, words
 def test_each_page_and_example_was_looked_at() -> None:
     assert {file for file, _ in commands()} == {
         *(page.name for page in PAGES),
-        *(path.name for path in (*named("*.yaml"), *named("*.sbatch"))),
+        *(path.name for path in (*named("*.yaml"), *named("*.sbatch"), *named("*.sh"))),
     }
-    assert {"exec", "wait", "status", "run"} <= {words[0] for _, words in commands()}
+    assert {"exec", "wait", "status", "run", "drill"} <= {words[0] for _, words in commands()}
 
 
 @pytest.mark.parametrize("words", [["exec", "--no-such", "--", "true"], ["wait", "--timeout-s", "soon"]])
@@ -128,7 +128,7 @@ def test_every_configuration_shown_is_valid(file: str, text: str, tmp_path: Path
         load_config(path)
 
 
-@pytest.mark.parametrize("script", [*named("*.sbatch")], ids=lambda path: path.name)
+@pytest.mark.parametrize("script", [*named("*.sbatch"), *named("*.sh")], ids=lambda path: path.name)
 def test_every_script_is_one_that_bash_reads(script: Path) -> None:
     done = subprocess.run(["bash", "-n", script], capture_output=True, text=True, timeout=10, check=False)
     assert (done.returncode, done.stderr) == (0, "")
