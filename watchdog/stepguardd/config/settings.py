@@ -378,6 +378,18 @@ class LaunchSettings(Section):
     lost_rank_grace_s: Seconds = Field(
         default=30, description="When one rank of several has ended, the others have this long to end too."
     )
+    stall_factor: float = Field(
+        default=6,
+        ge=2,
+        le=100,
+        description="Without any progress for so many times the median of how long its phase takes, the "
+        "trainer is stalled. Needs the guard.",
+    )
+    stall_floor_s: Seconds = Field(default=1800, description="It is not stalled before this.")
+    stall_ceiling_s: Seconds = Field(
+        default=7200,
+        description="It is stalled after this, whatever is usual; a phase that is not known yet has so long.",
+    )
     relaunch_budget: int = Field(
         default=5, ge=1, description="Relaunches allowed within the window; the next locks the run out."
     )

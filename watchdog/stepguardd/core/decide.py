@@ -23,6 +23,7 @@ from . import (
     relaunch,
     rollbacks,
     rungs,
+    stall,
     surroundings,
 )
 from .breaker import Phase
@@ -233,6 +234,7 @@ def _on_trainer(turn: Turn, event: TrainerSeen) -> None:
         ),
     )
     relaunch.seen(turn, event, old)
+    stall.seen(turn)
 
 
 def _on_checkpoint(
@@ -269,6 +271,7 @@ def _on_tick(turn: Turn) -> None:
             recovery.ticked(turn, judged)
     rollbacks.wait(turn)
     relaunch.ticked(turn)
+    stall.ticked(turn)
     _reset_budgets(turn)
 
 
@@ -307,6 +310,7 @@ def _on_start(turn: Turn, event: DaemonStarted) -> None:
         state,
         gate=gate,
         reconciling=reconciling,
+        stall=stall.forgotten(state.stall),
         servers=tuple(replace(server, seen=False) for server in state.servers),
     )
     if reconciling:

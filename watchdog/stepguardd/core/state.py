@@ -136,6 +136,9 @@ class Settings:
     relaunch_window_s: float = 21600.0
     relaunches_without_step: int = 3
     lost_rank_grace_s: float = 30.0
+    stall_factor: float = 6.0
+    stall_floor_s: float = 1800.0
+    stall_ceiling_s: float = 7200.0
     ladder: Ladder = field(default_factory=Ladder)
     mode: Mode = Mode.HOLD
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -260,6 +263,35 @@ class Trainer:
     skip_steps: tuple[int, ...] = ()
     rank_lost: int | None = None
     rank_lost_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseTimes:
+    """How long a phase of the trainer took, oldest first; how often this process entered it, up to 3."""
+
+    name: str
+    entered: int = 0
+    last: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stall:
+    """
+    The trainer's progress: where it is, since when, and when anything of it last moved. See core/stall.
+
+    `clean` tells whether nothing disturbed this phase, so that its time may be learned.
+    """
+
+    pid: int | None = None
+    phase: str = "UNKNOWN"
+    step: int | None = None
+    mark: tuple[int, int, str] = (0, 0, "")
+    entered_at: float | None = None
+    moved_at: float | None = None
+    clean: bool = False
+    told: bool = False
+    silent_told: bool = False
+    phases: tuple[PhaseTimes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -450,6 +482,7 @@ class State:
     metrics: Mapping[str, float] = field(default_factory=dict)
     refused_batches: int = 0
     surroundings: Surroundings = field(default_factory=Surroundings)
+    stall: Stall = field(default_factory=Stall)
     stream_step: int | None = None
     stream_position: str | None = None
 
