@@ -63,6 +63,8 @@ log = logging.getLogger("stepguardd")
 TICK_S: Final = 0.25
 LEASE_RENEWAL_S: Final = 1.0
 PAUSE_FILE_S: Final = 0.5
+# What code without I/O raises where it is wrong.
+_BUGS: Final = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 class DaemonError(Exception):
@@ -345,7 +347,11 @@ class Daemon:
         if self.state is before and not commands and not isinstance(event, EffectEnded):
             return  # nothing came of it; but that an effect has ended is always worth a row
         wall = clock.wall()
-        entry = self.chronicle.take_in(event, before, self.state, commands, now=now, wall=wall)
+        try:
+            entry = self.chronicle.take_in(event, before, self.state, commands, now=now, wall=wall)
+        except _BUGS:
+            log.exception("this decision is missing on the page")  # it stands, and is carried out
+            entry = None
         durable = self.journal.record(
             at=now, wall=wall, event=event, commands=commands, state=self.state, entry=entry
         )

@@ -7,6 +7,7 @@ server runs inside the daemon's own loop and installs no signal handlers.
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 import struct
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from stepguardd.control.api import Application, Receive, Scope, Send
     from stepguardd.web.keys import Keys
     from stepguardd.web.live import Live
+
+log = logging.getLogger("stepguardd")
 
 BACKLOG = 64
 CONNECTIONS_MAX = 64
@@ -89,19 +92,26 @@ async def serve_control(
     ours = path.stat().st_ino
     try:
         app, live = await asyncio.to_thread(_make_app, daemon, keys)
-        async with asyncio.TaskGroup() as group:
-            beside = None if page is None else group.create_task(page(app))
-            try:
-                await serve(app, listener, uids=uids, live=live)
-            finally:
-                live.end()
-                if beside is not None:
-                    beside.cancel()
+        beside = None if page is None else asyncio.create_task(page(app))
+        if beside is not None:
+            beside.add_done_callback(_tell_failure)  # a bug of the page ends nothing else
+        try:
+            await serve(app, listener, uids=uids, live=live)
+        finally:
+            live.end()
+            if beside is not None:
+                beside.cancel()
+                await asyncio.wait([beside])
     finally:
         listener.close()
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_ino == ours:
                 path.unlink()
+
+
+def _tell_failure(page: "asyncio.Task[None]") -> None:
+    if not page.cancelled() and (failure := page.exception()) is not None:
+        log.error("no page any more: %r; the control socket goes on", failure, exc_info=failure)
 
 
 async def serve(

@@ -70,7 +70,7 @@ export function host(status) {
     .map(([key, value]) => [words(key.replace(/_(bytes|s)$/, "")), /_bytes$/.test(key) ? bytes(value) : /_s$/.test(key) ? span(value) : isNumber(value) ? figure(value) : value]);
   put("host", ...meters, rows([
     ...pairs,
-    ["Watching since", span(status.uptime_s)],
+    ["Watching for", span(status.uptime_s)],
     ["Gate", `${text(status.gate?.order)}, generation ${text(status.gate?.generation)}`],
     ["Restarts left", text(status.budget?.restarts_left)],
   ]));
@@ -106,7 +106,7 @@ export function story(incidents, others) {
   $("story-count").textContent = incidents.length ? String(incidents.length) : "";
   const parts = incidents.map((one, at) => incident(one, known.has(String(one.id)) ? opened.has(String(one.id)) : at === 0));
   if (others.length) {
-    parts.push(el("details", { open: opened.has("others"), "data-incident": "others" }, el("summary", {}, el("b", {}, "Beside incidents"), el("span", {}, `${others.length} notices`)),
+    parts.push(el("details", { open: opened.has("others"), "data-incident": "others" }, el("summary", {}, el("b", {}, "Beside incidents"), el("span", {}, `${others.length} notice${others.length === 1 ? "" : "s"}`)),
       el("div", { class: "inside" }, timeline(others.slice(-60).toReversed()))));
   }
   put("story", ...(parts.length ? parts : [el("p", { class: "empty" }, "No incident yet. Each one will stand here with what was seen, what was done and what it cost.")]));

@@ -1,0 +1,188 @@
+"""What is read of a run; and that trouble with telling never ends the watching."""
+
+import asyncio
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+
+from daemon_parts.test_daemon import config_file, lived
+from shell.fake_daemon import WELL, FakeDaemon
+from stepguardd.chronicle.chronicle import Chronicle
+from stepguardd.config import load_config
+from stepguardd.control.api import create_app
+from stepguardd.core.events import CheckpointSaved, CheckpointVetted, OperatorAsked, StepCommitted, Tick
+from stepguardd.core.verdict import Finding, Verdict
+from stepguardd.daemon import Daemon
+from stepguardd.web.metrics import families
+from stepguardd.web.server import PageServer
+
+DOCS = Path(__file__).parents[2] / "docs"
+FULL = {**WELL, "gpus": [{"index": 0, "used_bytes": 10, "total_bytes": 80}]}
+
+
+def get(daemon: Any, path: str) -> httpx.Response:
+    async def ask() -> httpx.Response:
+        transport: Any = httpx.ASGITransport(create_app(daemon))  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            return await client.get(path)
+
+    return asyncio.run(ask())
+
+
+# ---- metrics and health ----------------------------------------------------------------------------
+
+
+def scraped(daemon: FakeDaemon) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    reply = get(daemon, "/metrics")
+    assert reply.headers["content-type"].startswith("application/openmetrics-text")
+    found = text_string_to_metric_families(reply.text)
+    return {(s.name, frozenset(s.labels.items())): s.value for one in found for s in one.samples}
+
+
+def test_prometheus_reads_the_figures_as_the_status_has_them() -> None:
+    found = scraped(FakeDaemon(FULL))
+    assert found["stepguard_trainer_step_number", frozenset()] == 188
+    assert found["stepguard_trainer_reward_value", frozenset()] == 0.8
+    assert found["stepguard_gate_held_ratio", frozenset()] == 0
+    assert found["stepguard_server_restarts_total", frozenset({("server", "sglang")})] == 0
+    serving = frozenset({("server", "sglang"), ("state", "serving")})
+    assert found["stepguard_server_state_info", serving] == 1
+    assert found["stepguard_gpu_memory_total_bytes", frozenset({("gpu", "0")})] == 80
+
+
+def test_what_is_unknown_is_left_out_of_the_figures() -> None:
+    trainer = {"alive": None, "step": None, "reward": None, "beat_age_s": None}
+    names = {name for name, _ in scraped(FakeDaemon({**WELL, "trainer": trainer}))}
+    assert not {name for name in names if name.startswith("stepguard_trainer_")}
+    assert "stepguard_refused_batches_total" in names
+
+
+def test_a_strange_servers_name_breaks_no_scrape() -> None:
+    name = 'a"b\\c\nd'
+    server = {"name": name, "state": "dead", "since_s": 1.0, "restarts": 2}
+    found = scraped(FakeDaemon({**WELL, "servers": [server]}))
+    assert found["stepguard_server_restarts_total", frozenset({("server", name)})] == 2
+
+
+def test_every_figure_is_documented_with_its_unit_and_meaning() -> None:
+    row = re.compile(r"^\| `(stepguard_\w+)` \| (\w+) \| (.+?) \| (.+?) \|$", re.MULTILINE)
+    rows = row.findall((DOCS / "metrics.md").read_text())
+    documented = {(name, kind, meaning) for name, kind, _unit, meaning in rows}
+    there = {
+        (one.name + ("_total" if one.type == "counter" else ""), one.type, one.documentation)
+        for one in families(FULL, quiet_s=0.1)
+    }
+    assert documented == there
+    for name, _kind, unit, _meaning in rows:
+        assert unit in name or unit in {"1", "count"}, name
+
+
+def test_health_is_the_decision_loops() -> None:
+    assert get(FakeDaemon(quiet=0.2), "/healthz").json() == {"ok": True, "decided_s_ago": 0.2}
+    silent = get(FakeDaemon(quiet=6.0), "/healthz")
+    assert silent.status_code == 503
+    assert "silent for 6 s" in silent.json()["error"]
+
+
+# ---- what a run leaves -----------------------------------------------------------------------------
+
+
+def test_the_curve_and_the_incidents_outlive_the_daemon(tmp_path: Path) -> None:
+    path = config_file(tmp_path)
+
+    def steps(daemon: Daemon) -> None:
+        for step in range(1, 41):
+            daemon.feed(StepCommitted(attempt=0, step=step, reward=None if step == 7 else step / 100))
+        daemon.feed(OperatorAsked(verb="pause", who="ada", why="a look"))
+
+    first = lived(path, steps)
+    told = get(first, "/api/v1/events").json()
+    assert "ada" in str(told)
+    second = lived_longer(path, lambda daemon: daemon.chronicle.curve.points == 40)
+    seen = get(second, "/api/v1/series").json()["lines"]
+    assert [line["steps"] for line in seen] == [list(range(1, 41))]
+    assert seen[0]["values"][6:8] == [None, 0.08]
+    again = get(second, "/api/v1/events").json()
+    assert again[: len(told)] == told
+    assert get(second, "/api/v1/incidents").json() == get(first, "/api/v1/incidents").json()
+
+
+def lived_longer(path: Path, until: Any) -> Daemon:
+    """A daemon that lives until this holds."""
+    daemon = Daemon(load_config(path))
+
+    async def live() -> None:
+        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+            running = group.create_task(daemon.run())
+            while not until(daemon):
+                assert not running.done()
+                await asyncio.sleep(0.02)
+            daemon.stop()
+
+    asyncio.run(live())
+    return daemon
+
+
+def test_checkpoints_are_the_ledgers(tmp_path: Path) -> None:
+    def save(daemon: Daemon) -> None:
+        for step, verdict in ((1, Verdict.GOOD), (9, Verdict.BAD)):
+            where = str(tmp_path / f"checkpoint-{step}")
+            daemon.feed(CheckpointSaved(attempt=0, step=step, path=where))
+            daemon.feed(
+                CheckpointVetted(
+                    attempt=0,
+                    step=step,
+                    verdict=verdict.value,
+                    finding=(Finding.WHOLE if verdict is Verdict.GOOD else Finding.DAMAGED).value,
+                    reason="as the test says",
+                    size_bytes=1,
+                )
+            )
+        for step in range(2, 9):
+            daemon.feed(StepCommitted(attempt=0, step=step, reward=0.5))
+
+    rows = get(lived(config_file(tmp_path), save), "/api/v1/checkpoints").json()
+    assert [(row["step"], row["verdict"], row["proven"], row["quarantined"]) for row in rows] == [
+        (1, "good", True, False),
+        (9, "bad", False, False),
+    ]
+    assert rows[1]["reason"] == "as the test says"
+
+
+# ---- the watching goes on --------------------------------------------------------------------------
+
+
+def test_a_page_that_fails_is_told_and_the_daemon_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fails(self: PageServer, app: object) -> None:
+        raise RuntimeError("a bug of the page")
+
+    monkeypatch.setattr(PageServer, "serve", fails)
+    with caplog.at_level(logging.ERROR):
+        daemon = lived_longer(config_file(tmp_path), lambda _: "a bug of the page" in caplog.text)
+    assert "a bug of the page" in caplog.text
+    assert daemon.journal.failure is None
+
+
+@pytest.mark.parametrize("bug", [OverflowError, KeyError, TypeError, AttributeError])
+def test_a_chronicle_that_fails_costs_its_entry_and_no_decision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, bug: type[Exception]
+) -> None:
+    def fails(*_args: object, **_kwargs: object) -> None:
+        raise bug("a bug of the chronicle")
+
+    monkeypatch.setattr(Chronicle, "take_in", fails)
+
+    def pause(daemon: Daemon) -> None:
+        daemon.feed(OperatorAsked(verb="pause", who="ada", why="a look"))
+        daemon.feed(Tick())
+        assert daemon.status()["gate"]["order"] == "HOLD"  # type: ignore[index]
+
+    lived(config_file(tmp_path), pause)
+    assert "a bug of the chronicle" in caplog.text
