@@ -1,7 +1,6 @@
 """What is read of a run; and that trouble with telling never ends the watching."""
 
 import asyncio
-import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,16 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from daemon_parts.test_daemon import config_file, lived
 from shell.fake_daemon import WELL, FakeDaemon
-from stepguardd.chronicle.chronicle import Chronicle
+from stepguardd.chronicle.chronicle import Chronicle, Entry
 from stepguardd.config import load_config
 from stepguardd.control.api import create_app
+from stepguardd.control.client import ControlClient
+from stepguardd.control.contract import SOCKET_NAME
+from stepguardd.control.server import allowed_uids, serve_control
 from stepguardd.core.events import CheckpointSaved, CheckpointVetted, OperatorAsked, StepCommitted, Tick
 from stepguardd.core.verdict import Finding, Verdict
 from stepguardd.daemon import Daemon
 from stepguardd.web.metrics import families
-from stepguardd.web.server import PageServer
 
 DOCS = Path(__file__).parents[2] / "docs"
 FULL = {**WELL, "gpus": [{"index": 0, "used_bytes": 10, "total_bytes": 80}]}
@@ -121,7 +122,7 @@ def lived_longer(path: Path, until: Any) -> Daemon:
             running = group.create_task(daemon.run())
             while not until(daemon):
                 assert not running.done()
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0)
             daemon.stop()
 
     asyncio.run(live())
@@ -157,32 +158,54 @@ def test_checkpoints_are_the_ledgers(tmp_path: Path) -> None:
 # ---- the watching goes on --------------------------------------------------------------------------
 
 
-def test_a_page_that_fails_is_told_and_the_daemon_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_page_that_fails_is_told_and_the_control_socket_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def fails(self: PageServer, app: object) -> None:
+    failing = asyncio.Event()
+
+    async def fails(_app: object) -> None:
+        failing.set()
         raise RuntimeError("a bug of the page")
 
-    monkeypatch.setattr(PageServer, "serve", fails)
-    with caplog.at_level(logging.ERROR):
-        daemon = lived_longer(config_file(tmp_path), lambda _: "a bug of the page" in caplog.text)
+    def status() -> object:
+        with ControlClient(tmp_path / SOCKET_NAME) as client:
+            return client.status()
+
+    async def live() -> None:
+        served = asyncio.create_task(
+            serve_control(FakeDaemon(), tmp_path / SOCKET_NAME, uids=allowed_uids(), page=fails)
+        )
+        async with asyncio.timeout(30):
+            await failing.wait()
+            assert await asyncio.to_thread(status) == WELL
+        assert not served.done()
+        served.cancel()
+        await asyncio.wait([served])
+        assert served.cancelled()
+
+    asyncio.run(live())
     assert "a bug of the page" in caplog.text
-    assert daemon.journal.failure is None
 
 
-@pytest.mark.parametrize("bug", [OverflowError, KeyError, TypeError, AttributeError])
+class BrokenChronicle(Chronicle):
+    def __init__(self, bug: type[Exception]) -> None:
+        super().__init__()
+        self._bug = bug
+
+    def take_in(self, *_args: object, **_kwargs: object) -> Entry | None:
+        raise self._bug("a bug of the chronicle")
+
+
+@pytest.mark.parametrize("bug", [OverflowError, KeyError, TypeError, ValueError, AttributeError])
 def test_a_chronicle_that_fails_costs_its_entry_and_no_decision(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, bug: type[Exception]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, bug: type[Exception]
 ) -> None:
-    def fails(*_args: object, **_kwargs: object) -> None:
-        raise bug("a bug of the chronicle")
-
-    monkeypatch.setattr(Chronicle, "take_in", fails)
-
     def pause(daemon: Daemon) -> None:
+        daemon.chronicle = BrokenChronicle(bug)
         daemon.feed(OperatorAsked(verb="pause", who="ada", why="a look"))
         daemon.feed(Tick())
         assert daemon.status()["gate"]["order"] == "HOLD"  # type: ignore[index]
 
-    lived(config_file(tmp_path), pause)
+    daemon = lived(config_file(tmp_path), pause)
     assert "a bug of the chronicle" in caplog.text
+    assert daemon.journal.lost_rows == 0
