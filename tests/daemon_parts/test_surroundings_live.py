@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
+from daemon_parts.little_run import little_run
 from daemon_parts.small_run import small_run
+from senses.memory_cgroups import limited_memory_cgroup
 from stepguardd import proc
 from stepguardd.config import Config, load_config
 from stepguardd.core.events import (
@@ -26,7 +31,7 @@ from stepguardd.core.events import (
 from stepguardd.core.signs import Sign
 from stepguardd.core.state import Mode, Server, Settings, State, initial
 from stepguardd.sources.gpu import GpuSense
-from stepguardd.sources.kmsg import KernelLogError, KernelMessage
+from stepguardd.sources.kmsg import KernelLog, KernelLogError, KernelMessage, open_kernel_log
 from stepguardd.sources.nvml import Gpu, GpuError, GpuLook, GpuProcess, Xid
 from stepguardd.surroundings import GpuTroubles, Owners, Surroundings
 
@@ -103,7 +108,7 @@ class Run:
         self,
         act: Callable[[Surroundings], None],
         until: Callable[[Surroundings], object],
-        kernel_log: Callable[[], Kernel] | None = None,
+        kernel_log: Callable[[], KernelLog] | None = None,
     ) -> Surroundings:
         """Watch; when everything was looked at once, act; go on until it holds."""
 
@@ -271,3 +276,47 @@ def test_a_live_daemon_tells_of_a_crash_and_of_memory_in_a_servers_log(
         host = run.status()["host"]
         assert host["total_bytes"] > host["available_bytes"] > 0
         run.until(lambda: "GPUs" in run.status()["unseen"] or run.status()["gpus"], "the GPUs were asked")
+
+
+def test_a_real_kernel_kill_names_the_server_by_the_log_and_by_the_cgroup(tmp_path: Path) -> None:
+    """A process of the tree eats more than its cgroup has; needs root and a memory cgroup."""
+    run = Run(tmp_path)
+    eat = "import sys; sys.stdin.read(1); eaten = []\nwhile True: eaten.append(bytearray(1 << 20))"
+    with (
+        limited_memory_cgroup(64 << 20) as cgroup,
+        subprocess.Popen([sys.executable, "-c", eat], stdin=subprocess.PIPE) as eater,
+    ):
+        (cgroup.folder / "cgroup.procs").write_text(str(eater.pid))
+        run.own(eater.pid)
+        run.watch(
+            lambda _: eater.communicate(b"x", timeout=20),
+            lambda _: (
+                {e.kind for e in run.told if isinstance(e, OomSeen)}
+                >= {OomKind.KERNEL_CGROUP, OomKind.CGROUP_COUNTER}
+            ),
+            open_kernel_log,
+        )
+        assert eater.returncode == -signal.SIGKILL
+    ooms = [event for event in run.told if isinstance(event, OomSeen) and event.server is not None]
+    assert {(oom.kind, oom.role, oom.server) for oom in ooms} == {
+        (OomKind.KERNEL_CGROUP, Role.SERVER, "left"),
+        (OomKind.CGROUP_COUNTER, Role.SERVER, "left"),
+    }
+
+
+def test_a_trainer_that_is_stopped_for_good_is_started_again(tmp_path: Path) -> None:
+    """SIGSTOP, with a floor of a second: it stalls, is ended and comes back by itself."""
+    with little_run(tmp_path, in_place=False) as run:
+        text = run.config.read_text()
+        run.config.write_text(
+            text.replace("[trainer]\n", "[trainer]\nstall_floor_s = 1\nstall_ceiling_s = 15\n")
+        )
+        run.daemon()
+        run.until(lambda: len(run.steps()) > 80, "it trains")
+        assert len(run.starts()) == 1
+        (known,) = run.trainer()
+        os.kill(known.pid, signal.SIGSTOP)
+        run.until(lambda: "makes no progress" in run.log.read_text(), "the stall is told of")
+        run.until(lambda: len(run.starts()) == 2, "it is started again")
+        steps = len(run.steps())
+        run.until(lambda: len(run.steps()) > steps + 20, "it trains on")
