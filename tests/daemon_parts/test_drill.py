@@ -75,7 +75,7 @@ def test_whoever_was_stopped_goes_on_after_a_drill_that_is_broken_off(sleeper: P
 
 @pytest.mark.e2e
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("fault", ["kill", "hang"])
+@pytest.mark.parametrize("fault", ["kill", "hang", "parent"])
 def test_a_drill_measures_a_real_fault(fault: str, tmp_path: Path, base_model: Path) -> None:
     with small_run(tmp_path, base_model, push=True) as run:
         allow(run)
@@ -87,6 +87,10 @@ def test_a_drill_measures_a_real_fault(fault: str, tmp_path: Path, base_model: P
         with training(run) as trainer:
             run.until(lambda: trainer.committed >= 2, "two steps")
             struck = trainer.committed
+            # The embedded server has no such process: nothing is struck, and the run goes on.
+            done = drill(run.config, "--fault", "detokenizer", "--json")
+            assert (done.returncode, done.stdout) == (1, "")
+            assert "has no detokenizer process here" in done.stderr
             done = drill(run.config, "--fault", fault, "--json", "--timeout-s", "120")
             card = json.loads(done.stdout)
             assert (done.returncode, card["passed"], card["why"]) == (0, True, ""), (card, run.story())
@@ -95,7 +99,7 @@ def test_a_drill_measures_a_real_fault(fault: str, tmp_path: Path, base_model: P
         incident = run.status()["last_incident"]
     # The fault fired: it is this incident's, opened after the strike, and the times are in their order.
     assert (card["incident"], card["cause"]) == (incident["id"], incident["cause"])
-    assert (card["server"], card["role"]) == ("server", "scheduler")
-    assert card["restarts"] == incident["restarts"] == (1 if fault == "kill" else 0)
+    assert (card["server"], card["role"]) == ("server", "server" if fault == "parent" else "scheduler")
+    assert card["restarts"] == incident["restarts"] == (0 if fault == "hang" else 1)
     assert 0 < card["detect_s"] < card["detect_s"] + card["hold_s"] <= card["recover_s"]
     assert card["garbage_steps"] == 0

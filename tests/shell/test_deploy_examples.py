@@ -1,8 +1,11 @@
 """The deployment pages and their example files: parsed, their commands known, their settings valid."""
 
+import os
 import re
 import shlex
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -132,6 +135,41 @@ def test_every_configuration_shown_is_valid(file: str, text: str, tmp_path: Path
 def test_every_script_is_one_that_bash_reads(script: Path) -> None:
     done = subprocess.run(["bash", "-n", script], capture_output=True, text=True, timeout=10, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+STAND_IN = """#!/bin/bash
+[ "$1" = wait ] && exit 0
+for word; do case "$word" in run.state_dir=*) state="${word#run.state_dir=}" ;; esac; done
+mkdir -p "$state/incidents/1"
+trap 'echo usr1 >>heard' USR1
+trap 'echo term >>heard; exit 7' TERM
+echo up >>heard
+while :; do sleep 0.05; done
+"""
+
+
+def test_the_batch_script_hands_signals_on_and_ends_with_the_trainers_code(tmp_path: Path) -> None:
+    """Slurm's warning must not end the job, and the reports are there afterwards."""
+    (tmp_path / "stepguard").write_text(STAND_IN)
+    (tmp_path / "stepguard").chmod(0o755)
+    heard, job = tmp_path / "heard", f"test-{os.getpid()}"
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": job}
+    child = subprocess.Popen(["bash", EXAMPLES / "train.sbatch"], cwd=tmp_path, env=environment)
+    try:
+        for signum, answer in ((None, "up"), (signal.SIGUSR1, "usr1"), (signal.SIGTERM, "term")):
+            if signum is not None:
+                child.send_signal(signum)
+            deadline = time.monotonic() + 20
+            while not (heard.exists() and answer in heard.read_text()):
+                assert time.monotonic() < deadline, f"{answer} was not heard"
+                time.sleep(0.02)
+        assert child.wait(timeout=20) == 7
+    finally:
+        child.kill()
+        child.wait(timeout=10)
+    assert heard.read_text().split() == ["up", "usr1", "term"]
+    assert (tmp_path / f"incidents-{job}" / "1").is_dir()
+    assert not Path(f"/tmp/stepguard-{job}").exists()
 
 
 @pytest.mark.parametrize("path", named("kubernetes-*.yaml"), ids=lambda path: path.name)
