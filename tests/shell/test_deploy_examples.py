@@ -148,6 +148,7 @@ while :; do sleep 0.05; done
 """
 
 
+@pytest.mark.e2e
 def test_the_batch_script_hands_signals_on_and_ends_with_the_trainers_code(tmp_path: Path) -> None:
     """Slurm's warning must not end the job, and the reports are there afterwards."""
     (tmp_path / "stepguard").write_text(STAND_IN)
