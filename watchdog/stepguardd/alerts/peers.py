@@ -123,7 +123,7 @@ class Peers:
             host, port = parts.hostname, parts.port
         except ValueError:
             host, port = None, None
-        if not host or parts.scheme not in {"http", "https"}:
+        if not host or parts.scheme not in {"http", "https"} or not is_plain(url):
             raise Broken("the address in the secret does not look like https://host/path; write it anew")
         if parts.scheme == "http" and not self.is_internal(host):
             raise Broken(f"{host} would be asked without TLS; use https, or add it to alerts.internal_hosts")
@@ -167,6 +167,11 @@ class Peers:
             text=bytes(raw[:ANSWER_BYTES_MAX]).decode("utf-8", "replace"),
             retry_after_s=_seconds(response.headers.get("retry-after")),
         )
+
+
+def is_plain(text: str) -> bool:
+    """ASCII that shows, without spaces: what may stand in an address or a header."""
+    return text.isascii() and text.isprintable() and " " not in text
 
 
 def _is_public(address: str) -> bool:

@@ -18,6 +18,7 @@ from .contract import Broken, Draw, Later, Rejected
 
 TIMEOUT_S: Final = 30.0
 _PICTURE: Final = "curve"
+_LOGIN_CODES: Final = frozenset({530, 534, 535, 538})  # RFC 4954, at whichever command they are said
 
 
 class Email:
@@ -107,8 +108,9 @@ def _classified(error: Exception, settings: EmailSettings, password: Secret | No
         )
     if "certificate verify failed" in said.lower():
         return Broken(f"{host}: its certificate is not trusted; see alerts.ca_file")
-    if isinstance(error, aiosmtplib.SMTPAuthenticationError):
-        return Broken(f"{host} refuses the login ({error.code}); check email.user and email.password_secret")
+    code = error.code if isinstance(error, aiosmtplib.SMTPResponseException) else 0
+    if code in _LOGIN_CODES or isinstance(error, aiosmtplib.SMTPAuthenticationError):
+        return Broken(f"{host} refuses the login ({code}); check email.user and email.password_secret")
     if isinstance(error, aiosmtplib.SMTPRecipientsRefused):
         codes = [one.code for one in error.recipients]
         if all(code >= 500 for code in codes):
@@ -118,7 +120,7 @@ def _classified(error: Exception, settings: EmailSettings, password: Secret | No
         return Broken(f"{host} refuses email.sender ({error.code}); use one that it lets send")
     if isinstance(error, aiosmtplib.SMTPNotSupported) or "STARTTLS" in said:
         return Broken(f'{host} offers no STARTTLS; use email.security = "tls", or another port')
-    if isinstance(error, aiosmtplib.SMTPResponseException) and error.code >= 500:
+    if code >= 500:
         return Rejected(f"{host} does not take this mail: {said}")
     if isinstance(error, TimeoutError):
         return Later(f"{host} did not answer in time")

@@ -12,7 +12,7 @@ from urllib.parse import urlencode, urlsplit
 
 from ...core.alerts.words import Message, cut
 from ...credentials import Secret
-from ..peers import Peers
+from ..peers import Peers, is_plain
 from ..render import as_blocks, as_mrkdwn
 from .contract import Broken, Draw, Later, Rejected
 
@@ -72,6 +72,8 @@ class SlackBot:
     async def send(self, message: Message, root: str | None, draw: Draw) -> str | None:
         """Hand one message over; the receipt is its timestamp, which is Slack's name for it."""
         token = self._token()
+        if not is_plain(token.reveal()):
+            raise Broken("what stands in slack.token_secret is no token; write it anew, on one line")
         if message.picture and root is not None:
             picture = await draw()
             if picture is not None and await self._uploaded(
