@@ -54,7 +54,16 @@ async def curve() -> bytes | None:
 
 
 def sent(channel: Channel, message: Message = MESSAGE, root: str | None = None) -> str | None:
-    return asyncio.run(channel.send(message, root, curve))
+    async def send_and_part() -> str | None:
+        try:
+            return await channel.send(message, root, curve)
+        finally:
+            if isinstance(channel, Email):
+                await asyncio.sleep(
+                    0.1
+                )  # TLS says goodbye; a loop that ends before is a warning, so an error
+
+    return asyncio.run(send_and_part())
 
 
 def peers(**more: Any) -> Peers:
