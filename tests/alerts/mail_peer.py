@@ -67,7 +67,7 @@ class MailPeer:
 
 
 async def parted() -> None:
-    """TLS says goodbye after the mail: a loop that ends before warns of an open socket, and that is an error."""
+    """TLS says goodbye after the mail: a loop that ends before warns of an open socket."""
     await asyncio.sleep(0.1)
 
 

@@ -17,7 +17,7 @@ import pytest
 import trustme
 
 from alerts.http_peer import CHANNEL, TOKEN, HttpPeer, Reply, http_peer
-from alerts.mail_peer import PASSWORD, USER, MailPeer, mail_peer
+from alerts.mail_peer import PASSWORD, USER, MailPeer, mail_peer, parted
 from stepguardd.alerts.channels.contract import Broken, Channel, Later, Rejected
 from stepguardd.alerts.channels.email import Email
 from stepguardd.alerts.channels.slack import SlackBot, SlackWebhook
@@ -59,7 +59,7 @@ def sent(channel: Channel, message: Message = MESSAGE, root: str | None = None) 
             return await channel.send(message, root, curve)
         finally:
             if isinstance(channel, Email):
-                await asyncio.sleep(
+                await parted()
                     0.1
                 )  # TLS says goodbye; a loop that ends before is a warning, so an error
 
