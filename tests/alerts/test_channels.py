@@ -60,8 +60,6 @@ def sent(channel: Channel, message: Message = MESSAGE, root: str | None = None) 
         finally:
             if isinstance(channel, Email):
                 await parted()
-                    0.1
-                )  # TLS says goodbye; a loop that ends before is a warning, so an error
 
     return asyncio.run(send_and_part())
 
