@@ -56,7 +56,9 @@ def test_a_killed_server_is_one_thread_of_three_and_one_mail_with_the_curve_and_
         small_run(tmp_path / "night", model, push=True) as run,
     ):
         hook.always = Reply(404, f"no such hook: /services/{HOOK} for {KEY}")
-        slower = run.config.read_text().replace("_s = 0.01", "_s = 2.0")  # so that its opening is told first
+        slower = run.config.read_text().replace(
+            "exec ", "sleep 2; exec "
+        )  # so that its opening is told first
         run.config.write_text(slower)
         with run.config.open("a") as config:
             config.write(f"""
