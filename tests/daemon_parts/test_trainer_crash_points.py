@@ -35,10 +35,17 @@ IN_PLACE = ["before_PrepareRollback", *SET_ASIDE]
 IN_PLACE += ["after_PrepareRollback", "gate_ROLLBACK", "gate_GO"]
 
 
-def first_proof(run: LittleRun) -> None:
-    """A trainer that was started by the daemon, and two checkpoints that are proven."""
+def first_proof(run: LittleRun) -> list[int]:
+    """A run with a daemon and at least two proven checkpoints: their steps."""
+    proven: list[int] = []
+
+    def two() -> bool:
+        proven[:] = run.proven()
+        return len(proven) >= 2
+
     run.daemon()
-    run.until(lambda: len(run.proven()) >= 2, "two checkpoints are proven")
+    run.until(two, "two checkpoints are proven")
+    return proven
 
 
 def whole(run: LittleRun, before: set[str]) -> None:
@@ -71,7 +78,8 @@ def test_a_relaunch_survives_a_kill_of_the_daemon_at_every_point(tmp_path: Path)
         whole(run, saved)
         assert len(run.starts()) == 2
         again = next(step for attempt, step in run.steps() if attempt == 1)
-        assert again - 1 in proven
+        # On a busy machine one more was proven between the look and the kill.
+        assert again - 1 in {*proven, *run.proven()}
         assert run.status()["trainer"]["launches"] == 1
         run.until(lambda: run.status()["breaker"]["phase"] == "closed", "probation is passed")
 
@@ -81,8 +89,7 @@ def test_a_rollback_survives_a_kill_of_the_daemon_at_every_point(tmp_path: Path,
     """A person's rollback, and a daemon killed at each point of it, the moves on the disk included."""
     points = IN_PLACE if in_place else ["before_StopTrainer", *SET_ASIDE, "after_StartTrainer"]
     with little_run(tmp_path, in_place=in_place) as run:
-        first_proof(run)
-        target, onset = run.proven()[-2:]
+        target, onset = first_proof(run)[-2:]
         run.replace_daemon(points[0])
         saved = {path.name for path in run.checkpoints.glob("checkpoint-*")}
         with contextlib.suppress(ControlError):  # it dies with the answer on its lips
