@@ -1147,3 +1147,15 @@ def test_the_promises_can_be_broken() -> None:
         Promises().after(world.state, Tick(), replace(world.state, servers=(waiting,)), (), world.now)
     assert Stage.STOP.value == "stop"
     assert Reason.OK.value == "ok"
+
+
+def test_a_warning_about_the_reward_is_told_once_and_not_at_every_step() -> None:
+    world = World()
+    for step in range(40):
+        world.step(0.5 + 0.01 * (step % 5))
+    before = len(world.told("warning"))
+    for _ in range(60):
+        world.step(0.5)
+    told = world.told("warning")[before:]
+    assert len(told) == 1, told
+    assert "reward_stuck" in told[0]

@@ -124,13 +124,14 @@ def _reward_verdict(turn: Turn, event: BatchReported) -> Reason | None:
 
 def _judge(turn: Turn, seen: reward.Observation) -> Reason | None:
     """Put one observation to the reward tests; a hold trips, and its reason is returned."""
+    going_on = turn.state.reward.episode is not None
     judge, verdict = reward.observe(turn.state.settings.reward, turn.state.reward, seen)
     turn.state = replace(turn.state, reward=judge)
     if verdict.level is not reward.Level.OK and verdict.reason not in _NO_DOUBT:
         turn.state = replace(turn.state, doubtful_step=seen.step)
     if verdict.recovered and turn.state.mode is Mode.SHADOW:
         turn.state = replace(turn.state, trip=None)
-    if verdict.level is reward.Level.WARN:
+    if verdict.level is reward.Level.WARN and not verdict.tripped and not going_on:
         turn.note("warning", verdict.reason, f"step {seen.step}: {verdict.reason.value}")
     if verdict.level is not reward.Level.HOLD:
         return None
