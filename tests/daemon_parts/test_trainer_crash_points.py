@@ -78,8 +78,9 @@ def test_a_relaunch_survives_a_kill_of_the_daemon_at_every_point(tmp_path: Path)
         whole(run, saved)
         assert len(run.starts()) == 2
         again = next(step for attempt, step in run.steps() if attempt == 1)
-        # On a busy machine one more was proven between the look and the kill.
-        assert again - 1 in {*proven, *run.proven()}
+        # One more may have been proven between the look and the kill: never an older one.
+        assert f"checkpoint-{again - 1}" in saved
+        assert again - 1 >= proven[-1]
         assert run.status()["trainer"]["launches"] == 1
         run.until(lambda: run.status()["breaker"]["phase"] == "closed", "probation is passed")
 
