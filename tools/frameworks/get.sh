@@ -20,7 +20,7 @@ rm -rf .frameworks/wheel .frameworks/needs
 "$python" -m pip install --quiet --no-deps --target .frameworks/needs \
   aiofiles antlr4-python3-runtime==4.9.3 blinker cachetools cloudpickle codetiming colorlog einops flask hydra-core \
   importlib_metadata itsdangerous jiter lark llvmlite loguru msgspec numba omegaconf openai orjson peft pillow pylatexenc \
-  pyvers pyzmq skyrl_gym sortedcontainers tenacity tensordict torchdata TransferQueue uvloop zipp
+  pyvers pyzmq skyrl_gym sortedcontainers tenacity tensordict torchdata TransferQueue uvloop werkzeug zipp
 [ "${1:-}" = checkouts ] || exit 0
 for repository in THUDM/slime radixark/miles PrimeIntellect-ai/prime-rl; do
   name=${repository#*/}
