@@ -34,7 +34,7 @@ def until(arena: Arena, what: Callable[[], bool], timeout_s: float = 120.0) -> N
 
 def test_pause_resume_restart_and_rollback_of_a_live_run(tmp_path: Path) -> None:
     """A paused run commits nothing; a rollback reloads the trainer in place from before the given step."""
-    plan = Plan(scenario=SCENARIOS[Fault.NONE], root=tmp_path, guarded=True, steps=70, seed=0)
+    plan = Plan(scenario=SCENARIOS[Fault.NONE], root=tmp_path, guarded=True, steps=200, seed=0)
     with Arena(plan) as arena:
         truth = arena.run_root / "ground_truth.jsonl"
 
@@ -57,7 +57,7 @@ def test_pause_resume_restart_and_rollback_of_a_live_run(tmp_path: Path) -> None
         until(arena, lambda: last_step() >= 43)
         ask(arena, "rollback", "--before-step", "25", "--yes")
         until(arena, lambda: any(record.attempt == 1 for record in ground_truth.read(truth)))
-        until(arena, lambda: last_step() >= 70)
+        until(arena, lambda: last_step() >= 200)
         for _ in arena.trainer_lives():
             pass
         record = json.loads((arena.run_root / "run_record.json").read_text())
@@ -69,4 +69,5 @@ def test_pause_resume_restart_and_rollback_of_a_live_run(tmp_path: Path) -> None
     assert "restarting sglang: operator_restart" in (tmp_path / "daemon.log").read_text()
     quarantine = arena.run_root / "checkpoints" / "quarantine"
     set_aside = sorted(path.name for path in quarantine.glob("*/checkpoint-*"))
-    assert set_aside == ["checkpoint-40"], "newer checkpoints are set aside, not deleted"
+    assert "checkpoint-40" in set_aside, "newer checkpoints are set aside, not deleted"
+    assert "checkpoint-20" not in set_aside

@@ -64,6 +64,7 @@ def starts(log: Path) -> int:
     return log.read_text(errors="replace").count(READY)
 
 
+@pytest.mark.usefixtures("each_fault")
 def test_one_run_comes_through_a_pause_a_hang_foreign_weights_and_a_kill(tmp_path: Path) -> None:
     """One server start is shared by four troubles; only the last of them needs another."""
     plan = Plan(
