@@ -198,7 +198,7 @@ def test_checkpoints_have_hugging_face_s_layout_and_rotate(saved: Path) -> None:
     ]
     state = json.loads((saved / "checkpoint-6" / "trainer_state.json").read_text())
     assert state["global_step"] == 6
-    assert state["data"] == {"seed": 0, "next_step": 7}
+    assert state["data"] == {"seed": 0, "next_step": 7, "skipped": 0}
     assert [row["step"] for row in state["log_history"]] == [1, 2, 3, 4, 5, 6]
 
 
