@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from daemon_parts.own_daemons import OwnDaemons
 from grpo.server_process import free_port
 from stepguard import Guard, RollbackRequested, StopRequested
-from stepguard.gate import GateError, GatePage
 from stepguardd import proc
-from stepguardd.control.client import ControlClient, ControlError, NoDaemonError
 
 ROLLOUTS = 4
 PROMPT = [1, 2, 3]
@@ -103,84 +100,33 @@ class MiniTrainer(threading.Thread):
                 time.sleep(0.1)
 
 
-class SmallRun:
-    """The run's folders, its config, and the processes that are started for it."""
+class SmallRun(OwnDaemons):
+    """A run whose server is the daemon's own to start."""
 
     def __init__(self, root: Path, model: Path, *, push: bool, **extra: str) -> None:
-        self.root = root
-        self.run_dir, self.state_dir, self.weights = root / "run", root / "state", root / "weights"
+        self.weights = root / "weights"
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.starts_file = root / "starts"
-        self.log = root / "daemon.log"
         self.name = root.name
         self.weights.mkdir(parents=True)
         (self.weights / "model").symlink_to(model, target_is_directory=True)
-        self.config = root / "config.toml"
         serve = f"{sys.executable} -m stepguard_grpo.server --model-path {model} --port {self.port}"
         note = f'echo "$STEPGUARD_INTENT" >> {self.starts_file}; exec {serve}'
-        lines = {
-            "run": {"name": self.name, "mode": "act", "servers_on_stop": "keep"}
-            | {"run_dir": str(self.run_dir), "state_dir": str(self.state_dir)},
-            "probe": {"interval_s": 0.5},
-            "recovery": {"restart_budget": 50, "backoff_first_s": 0.01, "backoff_max_s": 0.01},
-            "web": {"listen": "127.0.0.1:0"},
-            "weights": {"sync": "disk"} | ({"path": f"{self.weights}/{{version}}"} if push else {}),
-            "server": {"url": self.url, "command": ["bash", "-c", note], "stop_timeout_s": 5} | extra,
-        }
-        text = ""
-        for table, values in lines.items():
-            text += f"[{table}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in values.items())
-        self.config.write_text(text)
-        self.daemons: list[subprocess.Popen[bytes]] = []
+        super().__init__(
+            root,
+            {
+                "run": {"servers_on_stop": "keep"},
+                "probe": {"interval_s": 0.5},
+                "recovery": {"restart_budget": 50, "backoff_first_s": 0.01, "backoff_max_s": 0.01},
+                "web": {"listen": "127.0.0.1:0"},
+                "weights": {"sync": "disk"} | ({"path": f"{self.weights}/{{version}}"} if push else {}),
+                "server": {"url": self.url, "command": ["bash", "-c", note], "stop_timeout_s": 5} | extra,
+            },
+        )
 
-    def daemon(self, crash_at: str | None = None) -> subprocess.Popen[bytes]:
-        """Start a daemon; with a point at which it is to be killed."""
-        environment = dict(os.environ)
-        environment.pop("STEPGUARD_CRASH_AT", None)
-        if crash_at is not None:
-            environment["STEPGUARD_CRASH_AT"] = crash_at
-        with self.log.open("ab") as log:
-            child = subprocess.Popen(
-                [sys.executable, "-m", "stepguardd", "run", "--config", str(self.config)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-            )
-        self.daemons.append(child)
-        return child
-
-    def replace_daemon(self, crash_at: str | None = None) -> None:
-        """End the daemon in an orderly way, and have another take up the run that goes on."""
-        self.daemons[-1].terminate()
-        assert self.daemons[-1].wait(timeout=20) == 0, self.story()
-        self.daemon(crash_at)
-        self.until(self.serving, "another daemon takes up the run")
-
-    def status(self) -> dict[str, Any]:
-        """What the daemon says of itself; {} while nobody answers."""
-        try:
-            with ControlClient(self.run_dir / "control.sock") as client:
-                return dict(client.status())
-        except (NoDaemonError, ControlError):
-            return {}
-
-    def ask(self, verb: Any, **args: object) -> None:
-        with ControlClient(self.run_dir / "control.sock") as client:
-            client.ask(verb, "a test", args)
-
-    def order(self) -> str:
-        """The order on the page, as the trainer sees it; "" where no living daemon stands behind it."""
-        try:
-            page = GatePage.open(self.run_dir / "gate", writable=False)
-        except GateError:
-            return ""
-        with contextlib.closing(page):
-            half = page.daemon()
-        if half is None or half.lease_deadline_ns < time.monotonic_ns():
-            return ""
-        return half.order.name
+    def taken_up(self) -> bool:
+        return self.serving()
 
     def serving(self) -> bool:
         """The page says GO, and the daemon says that the server is proven."""
@@ -189,41 +135,18 @@ class SmallRun:
         status = self.status()
         return bool(status) and status["servers"][0]["state"] == "serving"
 
-    def tree(self) -> tuple[proc.Proc, ...]:
+    def started(self) -> tuple[proc.Proc, ...]:
         """The server's processes."""
         return proc.marked("STEPGUARD_SERVER", f"{self.name}@{self.state_dir}/server")
 
     def kill_scheduler(self) -> None:
-        scheduler = [known for known in self.tree() if known.role == "scheduler"]
-        assert len(scheduler) == 1, self.tree()
+        scheduler = [known for known in self.started() if known.role == "scheduler"]
+        assert len(scheduler) == 1, self.started()
         os.kill(scheduler[0].pid, signal.SIGKILL)
 
     def starts(self) -> list[str]:
         """The intents under which server processes were really started."""
         return self.starts_file.read_text().split() if self.starts_file.exists() else []
-
-    def until(self, holds: Callable[[], object], what: str, timeout_s: float = 120.0) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not holds():
-            assert time.monotonic() < deadline, f"not in time: {what}\n{self.story()}"
-            time.sleep(0.03)
-
-    def story(self) -> str:
-        """What the daemon logged and says, for a failing test."""
-        return f"{self.status()}\n{self.log.read_text()[-6000:]}"
-
-    def close(self) -> None:
-        for daemon in self.daemons:
-            if daemon.poll() is None:
-                daemon.terminate()
-                try:
-                    daemon.wait(timeout=15)
-                except subprocess.TimeoutExpired:
-                    daemon.kill()
-                    daemon.wait(timeout=10)
-        for known in self.tree():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(known.pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager

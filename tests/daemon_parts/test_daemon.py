@@ -263,7 +263,7 @@ def test_sigterm_ends_it_cleanly_and_keeps_or_ends_the_server(
             run.config.write_text(run.config.read_text().replace('"keep"', '"stop"'))
         daemon = run.daemon()
         run.until(run.serving, "the first start")
-        tree = run.tree()
+        tree = run.started()
         assert len(tree) >= 2
         daemon.send_signal(signal.SIGTERM)
         assert daemon.wait(timeout=30) == 0
@@ -272,7 +272,7 @@ def test_sigterm_ends_it_cleanly_and_keeps_or_ends_the_server(
         if kept:
             run.daemon()
             run.until(run.serving, "taken up again")
-            assert [known.pid for known in run.tree()] == [known.pid for known in tree]
+            assert [known.pid for known in run.started()] == [known.pid for known in tree]
             assert len(run.starts()) == 1
 
 

@@ -314,7 +314,7 @@ def test_a_trainer_that_is_stopped_for_good_is_started_again(tmp_path: Path) -> 
         run.daemon()
         run.until(lambda: len(run.steps()) > 80, "it trains")
         assert len(run.starts()) == 1
-        (known,) = run.trainer()
+        (known,) = run.started()
         os.kill(known.pid, signal.SIGSTOP)
         run.until(lambda: "makes no progress" in run.log.read_text(), "the stall is told of")
         run.until(lambda: len(run.starts()) == 2, "it is started again")

@@ -57,7 +57,7 @@ def whole(run: LittleRun, before: set[str]) -> None:
 def started_once(run: LittleRun) -> None:
     starts = run.starts()
     assert len(starts) == len(set(starts)), f"an intent was started twice: {starts}"
-    assert len(run.trainer()) == 1
+    assert len(run.started()) == 1
 
 
 def test_a_relaunch_survives_a_kill_of_the_daemon_at_every_point(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_a_hang_is_reported_with_stacks_and_while_it_is_open(
         run.until(run.serving, "the first start")
         with training(run) as trainer:
             run.until(lambda: trainer.committed >= 3, "three steps")
-            victim = next(known.pid for known in run.tree() if known.role == "scheduler")
+            victim = next(known.pid for known in run.started() if known.role == "scheduler")
             os.kill(victim, signal.SIGSTOP)
             folder = folder_of(run.state_dir, 1)
             run.until(lambda: any((folder / "stacks").glob("*.txt")), "the stacks")

@@ -200,7 +200,6 @@ def test_the_command_prints_a_report_or_json(tmp_path: Path, capsys: pytest.Capt
     answer = json.loads(capsys.readouterr().out)
     assert answer["hypotheses"][0]["cause"] == "server_crash"
     assert set(answer["hypotheses"][0]) == {"cause", "confidence", "for", "against"}
-    pytest.importorskip("plotly")
     page = tmp_path / "report.html"
     with pytest.raises(SystemExit) as left:
         main(["diagnose", str(path), "--html", str(page)])
@@ -211,7 +210,7 @@ def test_the_command_prints_a_report_or_json(tmp_path: Path, capsys: pytest.Capt
 
 def saved(root: Path, *steps: int, bad: int | None = None) -> None:
     """Checkpoints as Hugging Face's Trainer writes them; the weights of one are not finite."""
-    torch = pytest.importorskip("torch")
+    import torch
     from safetensors.torch import save_file
 
     for step in steps:

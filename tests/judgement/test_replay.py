@@ -245,7 +245,6 @@ def test_the_text_fits_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_the_page_is_one_file_and_quotes_what_it_was_given(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("plotly")
     path = written(tmp_path / "<img onerror=alert(1)>.csv", incident_a())
     out = tmp_path / "out.html"
     code, _, err = stepguard(capsys, "replay", path, "--html", out)
