@@ -98,8 +98,9 @@ signing_secret = "{secret(hidden, "key", KEY)}"
         (upload,) = [one for one in slack.taken if one.path.startswith("/upload")]
         (mail,) = post.mails
         pictures = [part.get_content() for part in mail.walk() if part.get_content_type() == "image/png"]
-        assert pictures == [upload.body]
-        assert upload.body.startswith(b"\x89PNG")
+        # Each is drawn when its message is, and the run may have gone on between the two.
+        assert len(pictures) == 1
+        assert all(picture.startswith(b"\x89PNG") for picture in (*pictures, upload.body))
         if keep := os.environ.get("STEPGUARD_KEEP_MAIL"):
             Path(keep, "curve.png").write_bytes(upload.body)
             Path(keep, "mail.eml").write_bytes(mail.as_bytes())

@@ -442,6 +442,26 @@ def test_a_log_cut_anywhere_comes_back_as_a_beginning_of_itself(tmp_path: Path) 
     assert max(seen) == 60
 
 
+def test_a_stream_without_a_gap_reaches_the_disk_while_it_goes_on(night: Recording, tmp_path: Path) -> None:
+    """Rows that wait for company may not wait as long as there is company."""
+    path = tmp_path / "journal.db"
+    at, event, _, state = night.rows[0]
+
+    async def stream() -> int:
+        journal = Journal(path, boot_id=BOOT)
+        journal.restore()
+        journal.start()
+        for told in range(1000):
+            if told % 20 == 0 and rows_in(path):
+                break
+            journal.record(at=at, wall=at, event=event, commands=(), state=state)
+            await asyncio.sleep(0.005)
+        await asyncio.to_thread(journal.close)
+        return told
+
+    assert asyncio.run(stream()) < 999
+
+
 def rows_in(path: Path) -> int:
     """How many rows there are; they must be the first ones, without a gap."""
     with closing(sqlite3.connect(path)) as db:

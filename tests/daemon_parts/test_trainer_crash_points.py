@@ -66,6 +66,7 @@ def test_a_relaunch_survives_a_kill_of_the_daemon_at_every_point(tmp_path: Path)
         first_proof(run)
         run.replace_daemon(RELAUNCH[0])
         proven = run.proven()
+        run.goes_on("what is proven is on the disk too")
         run.kill_trainer()
         run.crashed(RELAUNCH[0])
         saved = {path.name for path in run.checkpoints.glob("checkpoint-*")}
@@ -80,7 +81,7 @@ def test_a_relaunch_survives_a_kill_of_the_daemon_at_every_point(tmp_path: Path)
         again = next(step for attempt, step in run.steps() if attempt == 1)
         # One more may have been proven between the look and the kill: never an older one.
         assert f"checkpoint-{again - 1}" in saved
-        assert again - 1 >= proven[-1]
+        assert again - 1 >= proven[-1], run.story()
         assert run.status()["trainer"]["launches"] == 1
         run.until(lambda: run.status()["breaker"]["phase"] == "closed", "probation is passed")
 

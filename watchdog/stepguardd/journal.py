@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from pydantic import TypeAdapter
 
+from . import clock
 from .chronicle.chronicle import EPISODES_KEPT, NOTICES_KEPT, Chronicle, Entry, Episode, Notice
 from .chronicle.curve import POINTS_MAX, Curve, Point
 from .core import commands, events
@@ -35,6 +36,7 @@ QUEUE_ROWS_MAX: Final = 10_000
 EVENTS_KEPT: Final = 200_000
 SNAPSHOT_EVERY: Final = 500
 LINGER_S: Final = 0.05
+"""How long the first row of a batch waits for company: what a SIGKILL of the daemon may cost."""
 
 _SCHEMA: Final = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -418,11 +420,15 @@ class Journal:
         while True:
             row = self._rows.get()
             closing = row is None
+            until = clock.monotonic() + LINGER_S
             while row is not None:
                 batch.append(row)
+                # Whoever waits for the disk must not wait for company, and a stream without a gap for none.
+                left_s = 0.0 if row.durable else until - clock.monotonic()
                 try:
-                    # Whoever waits for the disk must not wait for company.
-                    row = self._rows.get_nowait() if row.durable else self._rows.get(timeout=LINGER_S)
+                    if len(batch) >= QUEUE_ROWS_MAX:
+                        break
+                    row = self._rows.get(timeout=left_s) if left_s > 0 else self._rows.get_nowait()
                     closing = row is None
                 except queue.Empty:
                     break
