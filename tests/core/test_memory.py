@@ -132,6 +132,7 @@ class Run:
         self.now = 0.0
         self.pid = 10
         self.starts: list[StartServer] = []
+        self.kept_arguments: str | None = None
 
     @property
     def server(self) -> Server:
@@ -146,7 +147,11 @@ class Run:
                 self.starts.append(command)
                 self.pid += 1
                 procs = (Proc(pid=self.pid, start_ticks=self.pid, role="server"),)
-                self.feed(EffectEnded(intent=command.intent, ok=True, procs=procs))
+                self.feed(
+                    EffectEnded(
+                        intent=command.intent, ok=True, procs=procs, kept_arguments=self.kept_arguments
+                    )
+                )
             elif intent is not None:
                 self.feed(EffectEnded(intent=intent, ok=True))
         return commands
@@ -264,3 +269,13 @@ def test_a_full_kv_pool_is_no_shortage_and_every_other_kind_is() -> None:
         run = started()
         run.feed(OomSeen(kind=kind, role=Role.SERVER, server="s"))
         assert (run.server.short is None) == (kind is OomKind.KV_FULL)
+
+
+def test_a_rung_that_could_not_be_taken_is_told_with_its_cause() -> None:
+    run = started(climb=Climb(own=Limits(running=64), limits=Limits(running=64)))
+    run.kept_arguments = "cannot write the drop-in"
+    run.feed(OomSeen(kind=OomKind.KERNEL_CGROUP, role=Role.SERVER, server="s"))
+    run.dies()
+    incident = run.state.incident or run.state.last_incident
+    assert incident is not None
+    assert "s runs with its old arguments: cannot write the drop-in" in incident.actions

@@ -115,6 +115,7 @@ class Acting:
                 target_step=outcome.target_step,
                 target_path=outcome.target_path,
                 needless=outcome.needless,
+                kept_arguments=outcome.kept_arguments,
             )
         )
 

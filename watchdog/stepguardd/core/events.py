@@ -236,6 +236,8 @@ class EffectEnded:
     target_step: int | None = None
     target_path: str | None = None
     needless: bool = False
+    kept_arguments: str | None = None
+    """Why a server was started with its old arguments, though others were asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -417,8 +417,8 @@ def _start_ended(turn: Turn, server: Server, repair: Repair, event: EffectEnded)
         turn.note("call", Reason.START_FAILED, f"{server.name} did not start: {event.detail}")
         _failed(turn, server, Reason.START_FAILED)
         return
-    if "arguments unchanged" in event.detail and memory.arguments(server.climb):
-        turn.note("call", repair.cause, f"{server.name} runs with its old arguments: {event.detail}")
+    if event.kept_arguments is not None:
+        turn.note("call", repair.cause, f"{server.name} runs with its old arguments: {event.kept_arguments}")
     repair = replace(repair, stage=Stage.READY, since=turn.now, intent=None, unseen=not event.procs)
     server = replace(server, procs=event.procs, repair=repair)
     turn.put(server.move(ServerState.STARTING, turn.now, repair.cause))

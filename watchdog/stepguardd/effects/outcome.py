@@ -15,6 +15,8 @@ class Outcome:
     target_step: int | None = None
     target_path: str | None = None
     needless: bool = False
+    kept_arguments: str | None = None
+    """Why a server was started with its old arguments, though others were asked for."""
 
 
 def failed(detail: str) -> Outcome:

@@ -39,8 +39,11 @@ class RayBackend(ObservedBackend):
     async def start(self, intent: str, arguments: Arguments = MappingProxyType({})) -> Outcome:
         """The trainer's to do; that it serves again is for the probes to see."""
         del intent
-        unchanged = "; arguments unchanged: they are the trainer's" if arguments else ""
-        return Outcome(ok=True, detail=f"the trainer is to make the actor {self._actor} again{unchanged}")
+        return Outcome(
+            ok=True,
+            detail=f"the trainer is to make the actor {self._actor} again",
+            kept_arguments="they are the trainer's" if arguments else None,
+        )
 
     async def stop(self, procs: tuple[Proc, ...]) -> Outcome:
         """Kill the actor, and see its processes gone where they are on this machine."""

@@ -9,6 +9,7 @@ import asyncio
 import json
 import subprocess
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any, Final
@@ -91,8 +92,8 @@ class DockerBackend:
         settings = self._settings
         if not settings.command:
             done = await self._ask("start", self._name)
-            unchanged = "; arguments unchanged: servers.command is empty" if arguments else ""
-            return await self._begun(done, f"docker start {self._name}{unchanged}")
+            begun = await self._begun(done, f"docker start {self._name}")
+            return replace(begun, kept_arguments="servers.command is empty") if arguments else begun
         shown = await self._ask("inspect", "--type", "container", self._name)
         if _label(shown.out) == f"{self._mark}/{intent}" and _state(shown.out).get("Running") is True:
             return await self._begun(shown, "found running")

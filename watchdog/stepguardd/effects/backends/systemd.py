@@ -70,13 +70,14 @@ class SystemdBackend:
     async def start(self, intent: str, arguments: Arguments = MappingProxyType({})) -> Outcome:
         """`systemctl start` is an ensure by itself: a unit that runs is left running."""
         del intent
-        unchanged = await self._set_arguments(arguments)
+        kept = await self._set_arguments(arguments)
         done = await self._ask("start")
         if not done.ok:
             return failed(done.trouble)
-        detail = f"; arguments unchanged: {unchanged}" if unchanged else ""
-        detail = f"systemctl start {self._unit}{detail}"
-        return Outcome(ok=True, detail=detail, procs=await asyncio.to_thread(self.find))
+        procs = await asyncio.to_thread(self.find)
+        return Outcome(
+            ok=True, detail=f"systemctl start {self._unit}", procs=procs, kept_arguments=kept or None
+        )
 
     async def stop(self, procs: tuple[Proc, ...]) -> Outcome:
         """Stop the unit, then see that no process of the old tree is left and the port free."""
