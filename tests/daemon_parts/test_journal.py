@@ -451,15 +451,15 @@ def test_a_stream_without_a_gap_reaches_the_disk_while_it_goes_on(night: Recordi
         journal = Journal(path, boot_id=BOOT)
         journal.restore()
         journal.start()
-        for told in range(1000):
-            if told % 20 == 0 and rows_in(path):
+        for told in range(QUEUE_ROWS_MAX):
+            if told % 100 == 0 and rows_in(path):
                 break
             journal.record(at=at, wall=at, event=event, commands=(), state=state)
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0)
         await asyncio.to_thread(journal.close)
         return told
 
-    assert asyncio.run(stream()) < 999
+    assert asyncio.run(stream()) < QUEUE_ROWS_MAX - 1
 
 
 def rows_in(path: Path) -> int:
