@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -192,8 +193,17 @@ def test_the_page_is_told_with_what_reports_do_not_say(tmp_path: Path) -> None:
     assert (seen.weight_version, seen.handles_save, seen.handles_resync) == ("v3", True, False)
 
 
+MAPPED = """
+import mmap, pathlib, sys
+with open(sys.argv[1], "rb") as page, mmap.mmap(page.fileno(), 0, prot=mmap.PROT_READ):
+    pathlib.Path(sys.argv[1] + ".mapped").touch()
+    sys.stdin.read()
+"""
+
+
 def test_the_exit_of_the_trainer_is_told_at_once(tmp_path: Path) -> None:
-    child = subprocess.Popen(["sleep", "1000"])
+    GatePage.create(tmp_path / "gate").close()
+    child = subprocess.Popen([sys.executable, "-c", MAPPED, str(tmp_path / "gate")], stdin=subprocess.PIPE)
 
     async def go() -> list[Event]:
         events: list[Event] = []
@@ -204,6 +214,7 @@ def test_the_exit_of_the_trainer_is_told_at_once(tmp_path: Path) -> None:
             if isinstance(event, TrainerExited):
                 gone.set()
 
+        until((tmp_path / "gate.mapped").exists, "the page is mapped")
         page = GatePage.create(tmp_path / "gate")
         page.report(half(child.pid))
         watching = TrainerPage(page, emit)
@@ -219,6 +230,29 @@ def test_the_exit_of_the_trainer_is_told_at_once(tmp_path: Path) -> None:
     events = asyncio.run(go())
     assert events[1] == TrainerExited(pid=child.pid, code=-9)
     child.wait()
+    assert child.stdin is not None
+    child.stdin.close()
+
+
+def test_a_stranger_with_the_trainers_number_is_not_taken_for_it(tmp_path: Path) -> None:
+    """A sidecar with a pid namespace of its own: the number on the page is another process here."""
+    stranger = subprocess.Popen(["sleep", "1000"])
+
+    async def go() -> list[Event]:
+        events: list[Event] = []
+        page = GatePage.create(tmp_path / "gate")
+        page.report(half(stranger.pid))
+        watching = TrainerPage(page, events.append)
+        watching.look()
+        stranger.kill()
+        await asyncio.to_thread(stranger.wait)
+        await asyncio.sleep(0)
+        watching.look()
+        watching.close()
+        page.close()
+        return events
+
+    assert [type(event) for event in asyncio.run(go())] == [TrainerSeen, TrainerSeen]
 
 
 def test_a_trainer_in_another_pid_namespace_is_followed_by_its_page_alone(tmp_path: Path) -> None:

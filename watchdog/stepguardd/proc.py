@@ -112,6 +112,20 @@ def started_at(pid: int) -> float | None:
     return None
 
 
+def maps(pid: int, name: str) -> bool | None:
+    """
+    Whether a process has a file of this name mapped; None where that may not be read.
+
+    By name and not by inode: overlays and other mount namespaces show other numbers and paths.
+    """
+    try:
+        with (_PROC / str(pid) / "maps").open("rb") as lines:
+            wanted = b"/" + os.fsencode(name)
+            return any(line.rstrip(b"\n").removesuffix(b" (deleted)").endswith(wanted) for line in lines)
+    except OSError:
+        return None
+
+
 def tree(root_pid: int) -> tuple[Proc, ...]:
     """
     The live processes that belong to a root: its descendants, and the rest of its session.

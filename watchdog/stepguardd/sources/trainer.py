@@ -206,8 +206,9 @@ class TrainerPage:
     def _follow(self, pid: int) -> None:
         self._pid = pid
         found = proc.stat(pid)
-        if found is None or found.dead:
-            # In another pid namespace, or gone: its heartbeat is all there is.
+        if found is None or found.dead or proc.maps(pid, self._page.path.name) is False:
+            # In another pid namespace (where somebody else may have its number here), or gone: its heartbeat
+            # is all there is.
             self._exits.watch(frozenset())
             return
         self._exits.watch(frozenset({Proc(pid=pid, start_ticks=found.start_ticks, role="trainer")}))
