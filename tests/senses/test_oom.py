@@ -228,11 +228,13 @@ def test_the_journal_is_read_as_the_kernels_log(tmp_path):
 
 def test_where_neither_can_be_read_both_reasons_are_said(tmp_path):
     with pytest.raises(KernelLogError, match=r"nowhere: No such file.*CAP_SYSLOG.*no-journal: No such file"):
-        open_kernel_log(tmp_path / "nowhere", str(tmp_path / "no-journal"))
+        open_kernel_log(tmp_path / "nowhere", str(tmp_path / "no-journal"), tmp_path)
     ended = tmp_path / "journalctl"
     ended.write_text("#!/bin/sh\nexit 3\n")
     ended.chmod(0o755)
-    log = open_kernel_log(tmp_path / "nowhere", str(ended))
+    with pytest.raises(KernelLogError, match="no journald runs here"):
+        open_kernel_log(tmp_path / "nowhere", str(ended), tmp_path / "no-socket")
+    log = open_kernel_log(tmp_path / "nowhere", str(ended), tmp_path)
     select.select([log.fileno()], [], [], 10)
     with pytest.raises(KernelLogError, match="has ended"):
         log.poll()

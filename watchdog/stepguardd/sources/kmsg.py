@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 KMSG = Path("/dev/kmsg")
+JOURNALD = Path("/run/systemd/journal/socket")
 RECORD_BYTES_MAX = 8192
 RECORDS_A_POLL = 1000
 _READ_BYTES = 256 * 1024
@@ -194,12 +195,21 @@ def parse_journal_line(line: bytes) -> KernelMessage | None:
     return KernelMessage(text=text, time_s=time_s) if isinstance(text, str) else None
 
 
-def open_kernel_log(kmsg: Path = KMSG, journalctl: str = "journalctl") -> KernelLog:
-    """Open /dev/kmsg, else the journal; KernelLogError, with both reasons, where neither can be read."""
+def open_kernel_log(
+    kmsg: Path = KMSG, journalctl: str = "journalctl", journald: Path = JOURNALD
+) -> KernelLog:
+    """
+    Open /dev/kmsg, else the journal; KernelLogError, with both reasons, where neither can be read.
+
+    Without journald there is nothing to follow, as in a container: journalctl would wait for ever, and what
+    nobody can see would pass for seen.
+    """
     try:
         return Kmsg(kmsg)
     except KernelLogError as first:
         try:
+            if not journald.exists():
+                raise KernelLogError("no journald runs here")
             return Journal(journalctl)
         except KernelLogError as second:
             raise KernelLogError(f"{first}; {second}") from None
