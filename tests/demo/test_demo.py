@@ -108,6 +108,17 @@ def test_a_killed_trainer_is_relaunched_from_what_is_proven_and_goes_on_bit_for_
     assert max(after) == 50
 
 
+def test_a_server_that_dies_again_on_probation_gets_the_next_remedy(tmp_path: Path) -> None:
+    """One incident, not two: the second restart gives the server fewer requests at a time."""
+    guarded = run_demo(tmp_path / "relapse", "--fault", "relapse", "--steps", "60")["guarded"]
+    log = daemon_log(tmp_path / "relapse")
+    assert "again: server_died" in log, "it did not die on probation"
+    assert "max_running_requests unset → 32" in log
+    assert (guarded["garbage_steps"], guarded["restarts"], guarded["holds"]) == (0, 2, 1)
+    assert guarded["rollbacks"] == 0
+    assert guarded["steps"] == 60
+
+
 def test_a_step_of_nan_is_taken_back_and_without_stepguard_it_ends_all_learning(tmp_path: Path) -> None:
     """One NaN in a gradient: every weight is lost with it, and no later step can know."""
     found = run_demo(tmp_path / "nan", "--fault", "nan", "--steps", "60", "--compare")

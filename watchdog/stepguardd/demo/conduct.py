@@ -151,6 +151,7 @@ class Arena:
         self._client: ControlClient | None = None
         self._supervisor: Supervisor | None = None
         self._server_pid: int | None = None
+        self._relapsed = False
         self._seen_actions = 0
         self._seen_incident: object = None
 
@@ -283,6 +284,7 @@ class Arena:
         else:
             lines += ['sync = "disk"', f"path = {json.dumps(str(weights))}"]
         lines += ["[recovery]", 'on_policy_collapse = "rollback"']
+        lines += [f"probation_steps = {self._scenario.probation_steps}", "backoff_first_s = 2.0"]
         return "\n".join(lines) + "\n"
 
     def _launch_lines(self) -> list[str]:
@@ -374,6 +376,7 @@ class Arena:
         fault = self._scenario.fault
         self._maybe_continue(progress)
         self._maybe_load_again(progress)
+        self._maybe_strike_again(progress)
         if progress.fault_step is not None or fault is Fault.NONE or not progress.records:
             return
         step = progress.records[-1].step
@@ -411,6 +414,16 @@ class Arena:
             return
         if not (progress.status.get("incidents") or not self._plan.guarded):
             progress.struck_at = self._load_base()
+
+    def _maybe_strike_again(self, progress: Progress) -> None:
+        """A relapse: the same once more, as soon as the run goes on on probation."""
+        if self._scenario.fault is not Fault.RELAPSE or self._relapsed or self._server_pid is None:
+            return
+        phase = (progress.status.get("breaker") or {}).get("phase")
+        if progress.struck_at is not None and phase == "half_open":
+            self._relapsed = True
+            strike(Fault.RELAPSE, self._server_pid)
+            progress.events.append("fault: SIGKILL again, on probation")
 
     def _load_base(self) -> float:
         return load_weights(self.url, self.run_root / "base", "base")

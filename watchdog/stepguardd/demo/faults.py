@@ -37,6 +37,7 @@ class Fault(StrEnum):
     TRAINER = "trainer"
     NAN = "nan"
     POLICY = "policy"
+    RELAPSE = "relapse"
     NONE = "none"
 
 
@@ -64,6 +65,7 @@ class Scenario:
         supervised: whether something else than Stepguard restarts the server.
         rollbacks: how many rollbacks it should take.
         relaunches: how many relaunches of the trainer it should take.
+        probation_steps: how long the run is on probation after a recovery, in steps.
 
     """
 
@@ -77,6 +79,7 @@ class Scenario:
     supervised: bool = False
     rollbacks: int = 0
     relaunches: int = 0
+    probation_steps: int = 3
 
 
 SCENARIOS: dict[Fault, Scenario] = {
@@ -169,6 +172,14 @@ SCENARIOS: dict[Fault, Scenario] = {
         restarts=0,
         holds=1,
         rollbacks=1,
+    ),
+    Fault.RELAPSE: Scenario(
+        fault=Fault.RELAPSE,
+        story="SIGKILL to the server's scheduler, and again while the run is on probation",
+        expected="one hold, two restarts, the second with fewer requests at a time, no garbage step",
+        restarts=2,
+        holds=1,
+        probation_steps=8,
     ),
     Fault.NONE: Scenario(
         fault=Fault.NONE,

@@ -82,15 +82,26 @@ def figures(
 
 
 def _lost_s(records: Sequence[TruthRecord], fault_step: int | None) -> float | None:
-    """Time after the fault that brought no good step: each step's own time counts where it was garbage."""
+    """
+    Time after the fault that brought the run no further.
+
+    The whole time of a garbage step and of one that was taken before, and of another what goes beyond the
+    usual.
+    """
     if fault_step is None or len(records) < 3:
         return None
     gaps = [after.time - before.time for before, after in pairwise(records)]
     usual = median(gaps)
-    lost = 0.0
-    for gap, record in zip(gaps, records[1:], strict=False):
-        if record.step > fault_step:
-            lost += gap if record.garbage else max(0.0, gap - usual) if gap > 2 * usual else 0.0
+    lost, furthest = 0.0, records[0].step
+    for gap, record in zip(gaps, records[1:], strict=True):
+        again = record.step <= furthest
+        furthest = max(furthest, record.step)
+        if furthest <= fault_step and not again:
+            continue
+        if record.garbage or again:
+            lost += gap
+        elif gap > 2 * usual:
+            lost += gap - usual
     return round(lost, 2)
 
 
