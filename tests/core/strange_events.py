@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from stepguardd.core.events import (
     Answer,
     BatchReported,
+    CallsHung,
     CheckpointGone,
     CheckpointPinned,
     CheckpointSaved,
@@ -158,6 +159,7 @@ events: st.SearchStrategy[Event] = st.one_of(
         refused=st.sampled_from([None, None, None, "failed_fraction", "stale_weights", "no_group", "?"]),
         began=st.one_of(st.none(), st.sampled_from([0.0, 1e12, math.nan, -math.inf])),
     ),
+    st.builds(CallsHung, attempt=small, what=st.sampled_from(["", "reward"]), failed=counts, calls=counts),
     st.builds(
         StepCommitted,
         attempt=small,

@@ -22,7 +22,7 @@ def act(
     *,
     acked: int = 4,
     held_s: float | None = None,
-    self_held: bool = False,
+    self_held: str | None = None,
     lost: str = "continue",
 ) -> Go | Hold | CarryOut | Stop:
     return next_act(
@@ -85,12 +85,14 @@ def test_stop_stops_again_and_again_and_a_dead_daemons_stop_says_how_to_go_on() 
 
 
 def test_the_guards_own_hold_outranks_go_and_ends_in_a_stop() -> None:
-    assert act(HALF, self_held=True) == Hold(
+    assert act(HALF, self_held="refused_batches") == Hold(
         reason="refused_batches", generation=5, lost=False, ordered=False
     )
-    assert act(None, self_held=True) == Hold(reason="refused_batches", generation=0, lost=True, ordered=False)
-    assert isinstance(act(HALF, self_held=True, held_s=600), Stop)
-    assert isinstance(act(None, self_held=True, held_s=600), Stop)
+    assert act(None, self_held="refused_batches") == Hold(
+        reason="refused_batches", generation=0, lost=True, ordered=False
+    )
+    assert isinstance(act(HALF, self_held="refused_batches", held_s=600), Stop)
+    assert isinstance(act(None, self_held="refused_batches", held_s=600), Stop)
 
 
 def test_the_two_exceptions_survive_a_trip_between_processes() -> None:

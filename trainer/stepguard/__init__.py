@@ -11,7 +11,7 @@ TYPE_CHECKING = False  # as in typing, whose import would cost more than all the
 
 if TYPE_CHECKING:
     from stepguard.admission import Admission, Refusal, group_advantages
-    from stepguard.calls import CallFailed, CallFailure, CallOk
+    from stepguard.calls import CallFailed, CallFailure, CallOk, Fate
     from stepguard.gate import Phase
     from stepguard.guard import Guard
     from stepguard.isolation import Aborted
@@ -24,6 +24,7 @@ __all__ = [
     "CallFailed",
     "CallFailure",
     "CallOk",
+    "Fate",
     "Guard",
     "GuardSettings",
     "Phase",
@@ -39,6 +40,7 @@ _HOMES = {
     "CallFailed": "calls",
     "CallFailure": "calls",
     "CallOk": "calls",
+    "Fate": "calls",
     "Guard": "guard",
     "GuardSettings": "settings",
     "Phase": "gate",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import logging
 import os
 import sys
@@ -25,7 +26,8 @@ from typing import Any, Final, Literal, TypeVar
 
 from stepguard import isolation
 from stepguard.admission import Admission, Refusal, Tally, Verdict, judge, refusal, shaped, total
-from stepguard.calls import CallFailed, CallOk, bounded_call
+from stepguard.calls import CallFailed, CallFailure, CallOk, Fate, actor_end, bounded_call
+from stepguard.fuse import AT_ONCE_S, Blown, CallFuse
 from stepguard.gate import SEQUENCE_WORD, STEP_PHASE_WORD, Phase
 from stepguard.link import Link, OnceLog
 from stepguard.obedience import Obedience, Waits
@@ -87,6 +89,8 @@ class Guard:
         self._logger = logging.getLogger("stepguard")
         self._log = OnceLog(self._logger)
         self._failures = isolation.FailureLog(self._logger)
+        self._fuse = CallFuse()
+        self._mass_told_s: float | None = None
         self._clock_ns = clock_ns
         self._sleep = sleep
         self._async_sleep = async_sleep
@@ -372,7 +376,7 @@ class Guard:
         self._presence.show()
 
     async def call(
-        self, awaitable: Awaitable[T], *, timeout_s: float, what: str = ""
+        self, awaitable: Awaitable[T], *, timeout_s: float, what: str = "", or_kill: Any = None
     ) -> CallOk[T] | CallFailed:
         """
         Await anything for a bounded time.
@@ -381,23 +385,92 @@ class Guard:
             awaitable: a coroutine, a future, a Ray object reference.
             timeout_s: how long.
             what: a name for the report of a failure.
+            or_kill: the handle of the Ray actor that was called, or a plain function that ends whatever was.
+                Where the call hangs on for a second after its time, once cancelled, it is killed. Where too
+                many such calls hang at once, nothing is killed and the run is held: see `fuse`.
+
+        Returns:
+            The value, or how it failed and what became of the actor; an actor's end takes seconds at most.
+
+        Raises:
+            TypeError: `or_kill` is neither; nothing was awaited.
 
         """
-        answer = await bounded_call(awaitable, timeout_s=timeout_s, passing=_PASSING)
+        if or_kill is None:
+            answer = await bounded_call(awaitable, timeout_s=timeout_s, passing=_PASSING)
+        else:
+            answer = await self._call_or_kill(awaitable, timeout_s, what, or_kill)
         self._presence.progressed()
         if isinstance(answer, CallFailed):
             name = what or type(awaitable).__name__
             self._failures.note(answer.exception, f"the call {name!r}")
+            error = answer.kind.value if answer.fate is None else f"{answer.kind.value}, {answer.fate.value}"
             self._link.send(
                 {
                     "v": 1,
                     "kind": "call_failed",
                     "attempt": self._presence.attempt,
                     "what": name,
-                    "error": answer.kind.value,
+                    "error": error,
                 }
             )
         return answer
+
+    async def _call_or_kill(
+        self, awaitable: Awaitable[T], timeout_s: float, what: str, doomed: Any
+    ) -> CallOk[T] | CallFailed:
+        try:
+            end = actor_end(doomed)
+        except TypeError:
+            isolation.abandon([awaitable])
+            raise
+        number = self._fuse.begun(self._clock_ns() / 1e9)
+        hung = False
+        try:
+            answer = await bounded_call(awaitable, timeout_s=timeout_s, passing=_PASSING)
+            gone = isinstance(answer, CallFailed) and end.gone(answer.exception)
+            hung = gone or (isinstance(answer, CallFailed) and answer.kind is CallFailure.TIMEOUT)
+        finally:
+            self._fuse.ended(number, self._clock_ns() / 1e9, hung=hung)
+        if not hung or not isinstance(answer, CallFailed):
+            return answer
+        # A while, in which the others of a mass run out of time as well.
+        ended = await end.ends_when_cancelled(awaitable)
+        blown = self._fuse.blown(self._obedience.settings.max_failed_fraction, self._clock_ns() / 1e9)
+        if blown is not None:
+            self._too_many_hung(blown, what or type(awaitable).__name__)
+        if gone:
+            fate = Fate.GONE
+        elif ended:
+            fate = Fate.ENDED
+        else:
+            fate = Fate.SPARED if blown is not None else await end.kill()
+        return dataclasses.replace(answer, fate=fate)
+
+    def _too_many_hung(self, blown: Blown, what: str) -> None:
+        """Tell the daemon, which holds the run; without one the guard does, unless it is to hold nothing."""
+        now_s = self._clock_ns() / 1e9
+        if self._mass_told_s is not None and now_s < self._mass_told_s + AT_ONCE_S:
+            return
+        self._mass_told_s = now_s
+        self._logger.error(
+            "%d of %d calls hung at once (the last: %s): no actor is killed, the run is to be held",
+            blown.failed,
+            blown.calls,
+            what,
+        )
+        told = self._link.send(
+            {
+                "v": 1,
+                "kind": "calls_hung",
+                "attempt": self._presence.attempt,
+                "what": what,
+                "failed": blown.failed,
+                "calls": blown.calls,
+            }
+        )
+        if not (told and self._obedience.daemon_lives()) and self._obedience.settings.max_failed_fraction < 1:
+            self._obedience.hold_by_itself("calls_hung")
 
     def phase(self, phase: Phase) -> contextlib.AbstractContextManager[None]:
         """Say what the loop does from now on; as a context manager, until it is left."""
@@ -542,7 +615,7 @@ class Guard:
         if gate.refusals >= gate.settings.max_refused_batches:
             self._logger.warning("%d batches in a row were refused: holding", gate.refusals)
             gate.refusals = 0
-            gate.hold_by_itself()
+            gate.hold_by_itself("refused_batches")
 
     def _announce(self, version: str) -> None:
         if self._announced and self._announced[-1] == version:

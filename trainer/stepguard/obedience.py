@@ -93,6 +93,7 @@ class Obedience:
         self._had_page = False
         self._held_since_ns: int | None = None
         self._self_held_generation: int | None = None
+        self._self_held_for = ""
         self._last_ack: Ack | None = None
         self._looking = threading.RLock()
         self._carrying_out = threading.RLock()
@@ -183,7 +184,7 @@ class Obedience:
                 now_ns=now_ns,
                 acked_generation=self._presence.acked_generation,
                 held_since_ns=self._held_since_ns,
-                self_held=self._self_held_generation is not None,
+                self_held=None if self._self_held_generation is None else self._self_held_for,
                 settings=self.settings,
             )
             # A page that does not check out is asked again each time: the next order may be under way.
@@ -196,11 +197,17 @@ class Obedience:
         self._say_lost(act)
         return act
 
-    def hold_by_itself(self) -> None:
+    def hold_by_itself(self, reason: str) -> None:
         """Hold from now on, until a living daemon says GO under a new generation."""
+        self._self_held_for = reason
         if self._self_held_generation is None:
             self._self_held_generation = -1 if self.seen is None else self.seen.generation
             self.go_sequence = -1
+
+    def daemon_lives(self) -> bool:
+        """Whether a living daemon is behind the page."""
+        self.next_act()
+        return self.seen is not None and self._clock_ns() < self.seen.lease_deadline_ns
 
     def refresh(self) -> bool:
         """Map the page if need be and say on it what this trainer is; True when there is a new one."""

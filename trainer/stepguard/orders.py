@@ -101,7 +101,7 @@ def next_act(
     now_ns: int,
     acked_generation: int,
     held_since_ns: int | None,
-    self_held: bool,
+    self_held: str | None,
     settings: GuardSettings,
 ) -> Act:
     """
@@ -112,7 +112,7 @@ def next_act(
         now_ns: CLOCK_MONOTONIC.
         acked_generation: the newest order acknowledged.
         held_since_ns: when the present hold began, None if there is none.
-        self_held: the guard holds by itself, and no living daemon has said anything new since.
+        self_held: why the guard holds by itself, where no living daemon has said anything new since.
         settings: what the guard goes by.
 
     """
@@ -136,7 +136,7 @@ def next_act(
     if let_go and not self_held and (alive or settings.on_daemon_lost == "continue"):
         until_ns = seen.lease_deadline_ns if seen is not None and alive else now_ns + _LOOK_AGAIN_NS
         return Go(until_ns=until_ns, generation=generation, lost=not alive)
-    reason = "refused_batches" if self_held else "daemon_lost" if seen is None or let_go else seen.reason
+    reason = self_held or ("daemon_lost" if seen is None or let_go else seen.reason)
     if held_since_ns is not None and (self_held or not alive):
         lease_end_ns = 0 if seen is None or self_held else seen.lease_deadline_ns
         if now_ns - max(held_since_ns, lease_end_ns) >= settings.orphan_hold_s * 1e9:

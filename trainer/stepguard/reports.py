@@ -118,6 +118,17 @@ class CallFailed(TypedDict):
     error: str
 
 
+class CallsHung(TypedDict):
+    """So many of the `calls` of one time hung at once that their actors were spared: see `fuse`."""
+
+    v: int
+    kind: Literal["calls_hung"]
+    attempt: int
+    what: str
+    failed: int
+    calls: int
+
+
 class Bye(TypedDict):
     """
     The training process ends, and knows why.
@@ -133,7 +144,7 @@ class Bye(TypedDict):
     detail: str
 
 
-Report = Hello | Batch | Step | Saved | Ack | CallFailed | Bye
+Report = Hello | Batch | Step | Saved | Ack | CallFailed | CallsHung | Bye
 
 
 class BadReport(ValueError):  # noqa: N818 - named after what is wrong
@@ -350,6 +361,7 @@ _FIELDS: Final[dict[str, dict[str, Callable[[object], bool]]]] = {
         "detail": _text,
     },
     "call_failed": {"attempt": _count, "what": _text, "error": _text},
+    "calls_hung": {"attempt": _count, "what": _text, "failed": _count, "calls": _count},
     "bye": {
         "attempt": _count,
         "pid": _count,

@@ -113,7 +113,7 @@ class Onlooker:
             now_ns=self._clock_ns(),
             acked_generation=_EVERY_ORDER,
             held_since_ns=since_ns,
-            self_held=False,
+            self_held=None,
             settings=self._settings,
         )
         match act:

@@ -11,6 +11,7 @@ from .breaker import Phase
 from .commands import PublishGate
 from .events import (
     BatchReported,
+    CallsHung,
     RewardLogged,
 )
 from .reasons import Reason
@@ -35,6 +36,8 @@ _NO_DOUBT = frozenset(
         Reason.CLIP_RATIO_SHIFT,
     }
 )
+# The batches before it are as good as any: nothing to go back from, and nothing to doubt.
+_NO_GARBAGE = frozenset({Reason.ROLLOUTS_FAILED, Reason.CALLS_HUNG})
 _BROKEN_WEIGHTS = frozenset({Reason.LOSS_NOT_FINITE, Reason.GRAD_NOT_FINITE})
 
 
@@ -85,6 +88,21 @@ def reported(turn: Turn, event: BatchReported) -> None:
     if not ok and refusal is not None:
         turn.count("refused_batches")
         turn.note("refused", refusal, f"batch of step {event.step} refused: {refusal.value}")
+
+
+def calls_hung(turn: Turn, event: CallsHung) -> None:
+    """Too many hung at once for it to be the actors: held until a cause is found, or a person decides."""
+    state = turn.state
+    text = f"{event.failed} of {event.calls} calls ({event.what}) hung at once; no actor was killed"
+    if state.mode is Mode.SHADOW:
+        turn.note("would", Reason.CALLS_HUNG, f"{text}: would hold the trainer in mode hold")
+        return
+    if event.attempt < state.trainer.attempt or state.trip is not None:
+        return
+    turn.note("action", Reason.CALLS_HUNG, text)
+    step = state.trainer.step or 0
+    counted = (("hung calls", float(event.failed)), ("calls", float(event.calls)))
+    trip(turn, Reason.CALLS_HUNG, kind="unknown", step=step, onset=step, evidence=counted)
 
 
 def _refusal(turn: Turn, event: BatchReported) -> Reason | None:
@@ -184,7 +202,7 @@ def trip(
     evidence: tuple[tuple[str, float], ...] = (),
 ) -> None:
     """No step on this: hold, and look at every server, since a reward alone names no culprit."""
-    relapse = turn.state.phase is Phase.HALF_OPEN and reason is not Reason.ROLLOUTS_FAILED
+    relapse = turn.state.phase is Phase.HALF_OPEN and reason not in _NO_GARBAGE
     if reason in _BROKEN_WEIGHTS:
         onset -= 1  # the figures are of the step before this batch
     turn.state = replace(
@@ -199,7 +217,7 @@ def trip(
             relapse=relapse,
         ),
     )
-    if reason is not Reason.ROLLOUTS_FAILED:
+    if reason not in _NO_GARBAGE:
         checkpoints.doubt(turn, onset)
     if turn.state.mode is Mode.SHADOW:
         return
@@ -232,6 +250,8 @@ def settle_trip(turn: Turn) -> None:
         return
     elif trip.reason is Reason.ROLLOUTS_FAILED and not trip.infra:
         _try_again(turn, trip)
+    elif trip.reason is Reason.CALLS_HUNG and not trip.infra:
+        call(turn, trip, "the actors, or what they wait for")
     elif _must_go_back(state, trip):
         _go_back(turn, trip)
     elif trip.infra:

@@ -31,6 +31,7 @@ from .commands import Command, PublishGate
 from .events import (
     Answer,
     BatchReported,
+    CallsHung,
     CheckpointGone,
     CheckpointPinned,
     CheckpointSaved,
@@ -99,6 +100,8 @@ def _take_in(turn: Turn, event: Event) -> None:
             _on_tick(turn)
         case BatchReported():
             batches.reported(turn, event)
+        case CallsHung():
+            batches.calls_hung(turn, event)
         case StepCommitted():
             _on_step(turn, event)
         case TrainerSeen():

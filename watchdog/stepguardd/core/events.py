@@ -151,6 +151,16 @@ class BatchReported:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CallsHung:
+    """So many of the trainer's calls of one time hung at once that the guard spared their actors."""
+
+    attempt: int
+    what: str
+    failed: int
+    calls: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepCommitted:
     """An optimizer step was taken."""
 
@@ -363,6 +373,7 @@ Event = (
     | TrainerExited
     | TrainerLeft
     | BatchReported
+    | CallsHung
     | StepCommitted
     | CheckpointSaved
     | CheckpointVetted

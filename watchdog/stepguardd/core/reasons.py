@@ -116,6 +116,8 @@ class Reason(StrEnum):
     """The batch's rollouts overlapped a time in which too few servers could be used."""
     ROLLOUTS_FAILED = "rollouts_failed"
     """Batch after batch is refused for failed rollouts."""
+    CALLS_HUNG = "calls_hung"
+    """Too many of the trainer's calls to its actors hung at once: nothing was killed."""
     OLD_ATTEMPT = "old_attempt"
     """The batch is from before a rollback."""
     TRAINER_STARTING = "trainer_starting"

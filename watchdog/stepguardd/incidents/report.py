@@ -573,6 +573,7 @@ _REASONS: Final[Mapping[Reason, str]] = {
     Reason.REWARD_START_LEVEL: "the reward fell to the level of the run's first steps",
     Reason.REWARD_NOT_FINITE: "the reward was not a number",
     Reason.ROLLOUTS_FAILED: "batch after batch had too many failed rollouts",
+    Reason.CALLS_HUNG: "too many of the trainer's calls to its actors hung at once",
     Reason.OPERATOR_PAUSE: "a person paused the run",
     Reason.TRAINER_EXITED: "the trainer ended",
 }

@@ -19,6 +19,7 @@ from stepguard.reports import REPORT_BYTES_MAX, BadReport, Batch, Report, parse_
 from .. import proc
 from ..core.events import (
     BatchReported,
+    CallsHung,
     CheckpointSaved,
     Event,
     OrderAcknowledged,
@@ -115,6 +116,13 @@ def event_of(report: Report) -> Event | None:
                 step=report["step"],
                 path=utf8(report["path"]),
                 norms={utf8(name): number(value) for name, value in norms.items()},
+            )
+        case "calls_hung":
+            return CallsHung(
+                attempt=report["attempt"],
+                what=utf8(report["what"]),
+                failed=report["failed"],
+                calls=report["calls"],
             )
         case "bye":
             detail = utf8(report["detail"])

@@ -63,7 +63,7 @@ _SYMPTOMS = frozenset(
         Reason.REWARD_START_LEVEL, Reason.REWARD_STUCK, Reason.REWARD_MISSING, Reason.REWARD_NOT_FINITE,
         Reason.REWARD_VARIANCE_COLLAPSE, Reason.ZERO_STREAK, Reason.MIN_REWARD, Reason.ABORTED_RATIO,
         Reason.LOGPROB_MISMATCH, Reason.LENGTH_SHIFT, Reason.FAILED_FRACTION, Reason.NO_GROUP,
-        Reason.OUTAGE, Reason.ROLLOUTS_FAILED, Reason.STALE_WEIGHTS,
+        Reason.OUTAGE, Reason.ROLLOUTS_FAILED, Reason.STALE_WEIGHTS, Reason.CALLS_HUNG,
     }
 )  # fmt: skip
 _OF_SERVERS = frozenset(

@@ -119,6 +119,7 @@ _WHAT = {
     Reason.GRAD_NOT_FINITE: "the gradient is not a number",
     Reason.ABORTED_RATIO: "more rollouts fail than usual",
     Reason.ROLLOUTS_FAILED: "batch after batch has failed rollouts",
+    Reason.CALLS_HUNG: "too many calls hung at once",
     Reason.NO_CHECKPOINT: "there is no good checkpoint to go back to",
     Reason.ROLLBACK_FAILED: "the rollback failed",
     Reason.TRAINER_EXITED: "the trainer exited",
