@@ -1,6 +1,6 @@
 """What a real SGLang 0.5.23 says of its work, and when: its figures lag, and a hang must not hide in that."""
 
-from stepguardd.sources.sglang import read_metrics
+from stepguardd.sources.sglang import open_requests, read_metrics
 
 IDLE = b"""sglang:num_running_reqs{tp_rank="0"} 0.0
 sglang:num_queue_reqs{tp_rank="0"} 0.0
@@ -25,3 +25,12 @@ def test_a_long_generation_makes_tokens_before_it_ends() -> None:
     first, second = read_metrics(before)[1], read_metrics(after)[1]
     assert first is not None
     assert second == first + 1
+
+
+def test_open_requests_are_those_that_generate_whatever_the_scheduler_counts() -> None:
+    busy = IDLE.replace(b'num_running_reqs{tp_rank="0"} 0.0', b'num_running_reqs{tp_rank="0"} 8.0')
+    assert open_requests(busy) == 0
+    assert (
+        open_requests(busy.replace(b'"/generate",method="POST"} 0.0', b'"/generate",method="POST"} 3.0')) == 3
+    )
+    assert open_requests(b"sglang:num_running_reqs 8.0\n") is None

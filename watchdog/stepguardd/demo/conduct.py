@@ -375,7 +375,6 @@ class Arena:
         """Inject the fault once the reward has risen, or at the step that the other run chose."""
         fault = self._scenario.fault
         self._maybe_continue(progress)
-        self._maybe_load_again(progress)
         self._maybe_strike_again(progress)
         if progress.fault_step is not None or fault is Fault.NONE or not progress.records:
             return
@@ -395,7 +394,9 @@ class Arena:
             progress.struck_at = pause_generation(self.url, self._plan.pause_mode.value)
             self._continue_at = progress.struck_at + PAUSE_S
         elif fault is Fault.WEIGHTS:
-            progress.struck_at = self._load_base()
+            progress.struck_at = load_weights(self.url, self.run_root / "base", "base")
+            if progress.struck_at is None:
+                return  # between two rollouts: another look finds some
         else:
             progress.struck_at = strike(fault, pid)
         progress.fault_step = step
@@ -408,13 +409,6 @@ class Arena:
             continue_generation(self.url)
             progress.events.append("the server was told to continue")
 
-    def _maybe_load_again(self, progress: Progress) -> None:
-        """Between rollouts it does no harm and nobody notices: again, until somebody does."""
-        if self._scenario.fault is not Fault.WEIGHTS or progress.struck_at is None:
-            return
-        if not (progress.status.get("incidents") or not self._plan.guarded):
-            progress.struck_at = self._load_base()
-
     def _maybe_strike_again(self, progress: Progress) -> None:
         """A relapse: the same once more, as soon as the run goes on on probation."""
         if self._scenario.fault is not Fault.RELAPSE or self._relapsed or self._server_pid is None:
@@ -424,9 +418,6 @@ class Arena:
             self._relapsed = True
             strike(Fault.RELAPSE, self._server_pid)
             progress.events.append("fault: SIGKILL again, on probation")
-
-    def _load_base(self) -> float:
-        return load_weights(self.url, self.run_root / "base", "base")
 
     def _due(self, progress: Progress, step: int) -> bool:
         if self._plan.fault_step is not None:

@@ -16,6 +16,7 @@ from typing import Final
 import httpx
 
 from .. import clock, proc
+from ..sources.sglang import open_requests
 
 PAUSE_S: Final = 12.0  # longer than a deadlock would be given
 _CALL_TIMEOUT_S: Final = 10.0
@@ -246,11 +247,13 @@ def pause_generation(url: str, mode: str) -> float:
     return at
 
 
-def load_weights(url: str, model: Path, version: str) -> float:
+def load_weights(url: str, model: Path, version: str) -> float | None:
     """
     Load other weights into a server, as a script does that pauses, loads and continues.
 
-    It harms in the middle of rollouts; after them the trainer's own next push puts the weights right.
+    Only while rollouts wait in it. It would harm nobody between them, where the trainer's own push puts the
+    weights right; and two loads at once into a paused SGLang kill it, which is another fault than this one
+    (docs/sglang.md). A trainer that waits for rollouts pushes nothing.
 
     Args:
         url: the server.
@@ -258,7 +261,7 @@ def load_weights(url: str, model: Path, version: str) -> float:
         version: what it is to call them.
 
     Returns:
-        The moment, in monotonic seconds.
+        The moment, in monotonic seconds; None where no rollout was under way, and nothing was loaded.
 
     Raises:
         httpx.HTTPError: it did not.
@@ -266,12 +269,22 @@ def load_weights(url: str, model: Path, version: str) -> float:
     """
     at = pause_generation(url, PauseMode.IN_PLACE.value)
     try:
+        if not _rollouts_wait(url):
+            return None
         # A flush would be refused while requests run, with the weights changed all the same.
         body = {"model_path": str(model), "weight_version": version, "flush_cache": False}
         _post(url, "/update_weights_from_disk", body, timeout_s=_LOAD_TIMEOUT_S)
     finally:
         continue_generation(url)
     return at
+
+
+def _rollouts_wait(url: str) -> bool:
+    """Whether a server that was told to pause holds requests, which now end no sooner than it goes on."""
+    with httpx.Client(base_url=url, timeout=_CALL_TIMEOUT_S, trust_env=False) as http:
+        # Answered by the scheduler, after the pause: what had ended before has left by then.
+        http.get("/server_info").raise_for_status()
+        return bool(open_requests(http.get("/metrics").raise_for_status().content))
 
 
 def continue_generation(url: str) -> None:

@@ -173,3 +173,9 @@ def read_metrics(body: bytes) -> tuple[int | None, int | None]:
     if held_open is not None:
         running = max(held_open, running or 0.0)
     return (None if running is None else int(running)), (None if tokens is None else int(tokens))
+
+
+def open_requests(body: bytes) -> int | None:
+    """Requests to generate that the parent holds open, out of `/metrics`; None where it does not tell."""
+    own = b"\n".join(line for line in body.splitlines() if line.startswith(_OPEN.encode()))
+    return read_metrics(own)[0]
