@@ -344,6 +344,39 @@ def test_a_person_can_say_that_the_new_level_is_right() -> None:
     assert first(verdicts, Level.HOLD) is None
 
 
+def test_a_person_who_mended_it_gets_the_old_baseline_back() -> None:
+    """The next total loss is held at once, as the first one was: nobody said that zero is normal."""
+    config = RewardConfig()
+    state, _ = judged([*healthy(13), 0.0, 0.0], config)
+    level = state.baseline.level
+    mended = shares(random.Random(14), 32, [0.7] * 3)
+    state, verdicts = judged(mended, config, state=acknowledge(state), first=300)
+    assert {v.level for v in verdicts} == {Level.OK}
+    assert state.baseline.level == pytest.approx(level, abs=0.05)
+    _, again = observe(config, state, Observation(0, 303, 0.0))
+    assert again.level is Level.HOLD
+
+
+def test_what_is_not_a_number_is_held_although_a_person_let_a_level_go() -> None:
+    config = RewardConfig()
+    state, _ = judged([*healthy(13), 0.0], config)
+    state, unknown = observe(config, acknowledge(state), Observation(0, 300, None))
+    assert unknown.level is Level.OK
+    _, broken = observe(config, state, Observation(0, 301, float("nan")))
+    assert broken.level is Level.HOLD
+
+
+def test_a_run_that_begins_again_at_its_first_step_is_judged_as_a_beginning() -> None:
+    """Relaunched without a checkpoint: its starting level is no sign of stale weights."""
+    config = RewardConfig()
+    rng = random.Random(8)
+    state, _ = judged(shares(rng, 64, climb(60, 0.2, 0.5, by=1.0)), config)
+    redone, verdicts = judged(shares(rng, 64, climb(60, 0.2, 0.5, by=1.0)), config, state=state, first=1)
+    assert first(verdicts, Level.WARN) is None
+    _, lost = observe(config, redone, Observation(0, 61, 0.0))
+    assert lost.level is Level.HOLD
+
+
 # --- Infra or policy
 
 

@@ -53,6 +53,7 @@ _new = tuple.__new__  # without the detour through Python that a named tuple's o
 _HUGE = 1e100  # no reward; what is larger counts as infinite, and no square of what is smaller overflows
 _SUSPICIOUS_NATS = 2.0  # from here on values wait before they enter the baseline
 _BACK_NATS = 3.0  # 20 to 1 that the stream is back
+_ACCEPTED = 4  # values at a level that a person let go, before it is the baseline
 _SHORT = 4  # values: no run of equal ones that is shorter can be stuck
 _EPISODE_GAP = 10  # quiet steps that end a warning
 _WITNESSED_NATS = 3.0  # what the reward itself must say for a second witness to count
@@ -161,11 +162,17 @@ def silence(config: RewardConfig, quiet_s: float) -> Verdict | None:
 
 
 def acknowledge(state: RewardState) -> RewardState:
-    """The state after a person said that the present level is right: it is the baseline."""
-    baseline = release(state.baseline)
-    if state.trip is not None and state.trip.level is not None:
-        baseline = adopt(baseline, state.trip.level, 4.0)
-    elif state.fall is not None and state.fall.active:
+    """
+    The state after a person let the stream go on.
+
+    Whether they mended something or the new level is right, the next values say: back at the baseline, or a
+    level that stays becomes the baseline. In between nothing is held.
+    """
+    baseline, trip = release(state.baseline), state.trip
+    if trip is not None and trip.level is not None:
+        let_go = trip._replace(back_nats=0.0, accepted=0)
+        return state._replace(baseline=baseline, run=None, fall=None, episode=None, trip=let_go)
+    if state.fall is not None and state.fall.active:
         values = [v for _, v in state.fall.tail]
         baseline = adopt(baseline, sum(values) / len(values), min(len(values), 20))
     return state._replace(baseline=baseline, run=None, fall=None, episode=None, trip=None)
@@ -174,11 +181,17 @@ def acknowledge(state: RewardState) -> RewardState:
 def _restarted(state: RewardState, seen: Observation) -> RewardState:
     """Back at an older step: its level then is the baseline; no suspicion is carried over."""
     baseline, learned = release(state.baseline), state.learned
+    back = state.step is not None and seen.step < state.step
     level = level_at(learned, seen.step)
-    if level is not None and state.step is not None and seen.step < state.step:
+    if back and level is not None:
         baseline = adopt(baseline, min(level, baseline.level), min(baseline.weight, 10.0))
         history = tuple(past for past in learned.history if past[0] <= seen.step)
         learned = learned._replace(history=history, due=history[-1][0] + learned.stride)
+    elif back and learned.start_n:
+        # Back in the run's first steps, of which only the mean is known: they are learned anew.
+        level = min(learned.start_sum / learned.start_n, baseline.level)
+        baseline = adopt(baseline, level, min(baseline.weight, 4.0))
+        learned = learned._replace(start_n=0, start_sum=0.0, history=(), due=-1)
     return state._replace(
         attempt=seen.attempt, baseline=baseline, learned=learned, run=None, fall=None, episode=None, trip=None
     )
@@ -187,7 +200,7 @@ def _restarted(state: RewardState, seen: Observation) -> RewardState:
 def _unknown(config: RewardConfig, state: RewardState, seen: Observation) -> tuple[RewardState, Verdict]:
     streak = state.unknown_streak + 1
     state = state._replace(attempt=seen.attempt, step=seen.step, unknown_streak=streak)
-    if state.trip is not None:
+    if state.trip is not None and state.trip.accepted is None:
         return state, _still(state.trip, Level.HOLD, ())
     if streak < config.unknown_streak_warn:
         return _quiet(state), _OK
@@ -199,7 +212,7 @@ def _not_finite(state: RewardState, seen: Observation, reason: Reason) -> tuple[
     state = state._replace(
         attempt=seen.attempt,
         step=seen.step,
-        trip=trip._replace(back_nats=0.0),
+        trip=trip._replace(back_nats=0.0, accepted=None),
         episode=None,
         run=None,
         fall=None,
@@ -497,10 +510,26 @@ def _while_tripped(
             attempt=seen.attempt, step=seen.step, baseline=baseline, unknown_streak=0, trip=None
         )
         return state, _recovered(_OK)
+    if trip.accepted is not None:
+        return _let_go(state, seen, value, trip._replace(back_nats=back))
     trip = trip._replace(back_nats=back, level=value if back == 0.0 else trip.level)
     state = state._replace(attempt=seen.attempt, step=seen.step, unknown_streak=0, trip=trip)
     figures = (("value", value), ("baseline", state.baseline.level), ("back_nats", back))
     return state, _still(trip, Level.WARN if back > 0.0 else Level.HOLD, figures)
+
+
+def _let_go(state: RewardState, seen: Observation, value: float, trip: Trip) -> tuple[RewardState, Verdict]:
+    """A value after a person let the stream go that is not back at the baseline; enough of them are the new one."""
+    assert trip.level is not None
+    count = 1 + (trip.accepted or 0)
+    level = trip.level + (value - trip.level) / count
+    baseline, still = state.baseline, trip._replace(level=level, accepted=count)
+    if count >= _ACCEPTED:
+        baseline, still = adopt(baseline, level, float(count)), None
+    state = state._replace(
+        attempt=seen.attempt, step=seen.step, baseline=baseline, unknown_streak=0, trip=still
+    )
+    return state, _OK
 
 
 def _still(trip: Trip, level: Level, evidence: Figures) -> Verdict:
