@@ -131,14 +131,76 @@ def test_a_push_that_fails_falls_back_to_the_trainer() -> None:
     assert any("could not be pushed" in text for text in world.told("call"))
 
 
-def test_a_push_that_always_fails_is_tried_at_a_pace_and_ends_locked_out() -> None:
+def test_a_push_that_always_fails_is_tried_at_a_pace_then_in_a_new_process_and_ends_locked_out() -> None:
     world = World(settings=PUSH, trainer=FakeTrainer(handles_resync=False))
     world.fake.can_load = False
     world.kill()
     world.run(150)
-    assert world.state.phase is Phase.LOCKED_OUT
-    assert world.gate.reason == "weights_unproven"
     assert 50 < len(world.all(PushWeights)) < 130
+    assert world.order == "HOLD"
+    assert len(world.all(StartServer)) == 2
+    world.run(600)
+    assert world.state.phase is Phase.LOCKED_OUT
+    assert world.gate.reason == "restart_budget_spent"
+    assert len(world.all(StartServer)) == 3
+
+
+def test_a_server_that_loads_again_after_minutes_needs_no_person() -> None:
+    world = World(settings=PUSH, trainer=FakeTrainer(handles_resync=False))
+    world.fake.can_load = False
+    world.kill()
+    world.run(180)
+    world.fake.can_load = True
+    assert recovered(world)
+    assert not world.told("locked_out")
+
+
+def test_a_resync_that_fails_once_is_asked_for_again() -> None:
+    world = World(settings=RESYNC, trainer=FakeTrainer(can_resync=False))
+    world.kill()
+    world.run(
+        60, until=lambda: bool(world.told("action")) and "could not re-sync" in world.told("action")[-1]
+    )
+    assert world.order == "HOLD"
+    world.trainer.can_resync = True
+    assert recovered(world)
+    assert not world.told("locked_out")
+
+
+@pytest.mark.parametrize("broken", ["can_start", "can_stop", "can_load"])
+def test_a_server_with_which_nothing_helps_is_left_out_where_the_others_suffice(broken: str) -> None:
+    """Its GPU is gone, say: seven good ones do not wait for a person all night."""
+    world = World("a", "b", settings=PUSH, trainer=FakeTrainer(can_resync=False))
+    setattr(world.servers["a"], broken, False)
+    world.kill("a")
+    world.run(900)
+    assert any("the others go on without it" in text for text in world.told("call"))
+    assert world.state.phase is Phase.CLOSED
+    assert world.step()
+    setattr(world.servers["a"], broken, True)
+    world.ask("restart-server", server="a")
+    world.trainer.can_resync = True
+    world.run(120, until=lambda: world.server("a").state is ServerState.SERVING)
+    assert world.server("a").state is ServerState.SERVING
+
+
+def test_a_server_left_out_for_its_weights_serves_again_once_the_trainer_has_pushed_them() -> None:
+    world = World("a", "b", settings=RESYNC, trainer=FakeTrainer(can_resync=False))
+    world.kill("a")
+    world.run(120, until=lambda: bool(world.told("call")))
+    assert world.server("a").state is ServerState.STALE
+    assert world.step()  # and with it new weights on every server
+    world.run(10)
+    assert world.server("a").state is ServerState.SERVING
+
+
+def test_the_last_server_of_a_quorum_locks_the_run_out() -> None:
+    world = World("a", "b", settings=PUSH, trainer=FakeTrainer(can_resync=False))
+    for name in ("a", "b"):
+        world.servers[name].can_start = False
+        world.kill(name)
+        world.run(300)
+    assert world.state.phase is Phase.LOCKED_OUT
 
 
 def test_weights_pushed_while_the_trainer_went_on_are_pushed_again() -> None:

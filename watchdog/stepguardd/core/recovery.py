@@ -13,7 +13,7 @@ server answers every probe and serves the base model.
 
 from dataclasses import replace
 
-from . import budget, memory, rungs
+from . import budget, holding, memory, rungs
 from .commands import ContinueServer, PushWeights, RunCanary, StartServer, StopServer
 from .events import Answer, EffectEnded, OrderAcknowledged, ServerProbed, TreeSampled
 from .fleet import Remedy, Suspicion, current, well
@@ -25,6 +25,7 @@ _ALIVE = frozenset(
     {ServerState.STARTING, ServerState.SERVING, ServerState.SUSPECT, ServerState.PLANNED, ServerState.STALE}
 )
 _SOFT = frozenset({Stage.CONTINUE, Stage.WATCH, Stage.CANARY, Stage.WEIGHTS})
+RESYNC_TRIES = 3
 
 
 def suspect(turn: Turn, server: Server, suspicion: Suspicion) -> None:
@@ -75,7 +76,7 @@ def restart(turn: Turn, server: Server, reason: Reason) -> None:
         return
     limit, window_s = settings.restart_budget, server.window_s(settings)
     if budget.left(server.budget, now=now, limit=limit, window_s=window_s) < 1:
-        lock_out(turn, server, Reason.RESTART_BUDGET_SPENT)
+        give_up(turn, server, Reason.RESTART_BUDGET_SPENT)
         return
     spent = budget.spend(server.budget, now=now, limit=limit, window_s=window_s)
     server = rungs.suspected(turn, server, reason)
@@ -98,7 +99,7 @@ def _rebuild(turn: Turn, server: Server, reason: Reason) -> None:
     """A server inside the trainer: nobody else can make it anew, and the trainer only at a guard call."""
     if not turn.state.trainer.handles_resync:
         turn.note("call", reason, f"{server.name} lives in a trainer without on_resync: relaunch the trainer")
-        lock_out(turn, server, Reason.RESYNC_FAILED)
+        give_up(turn, server, Reason.RESYNC_FAILED)
         return
     now = turn.now
     repair = Repair(
@@ -117,17 +118,25 @@ def _rebuild(turn: Turn, server: Server, reason: Reason) -> None:
     turn.note("action", reason, f"asking the trainer to make {server.name} anew: {reason.value}")
 
 
-def lock_out(turn: Turn, server: Server | None, reason: Reason) -> None:
+def give_up(turn: Turn, server: Server, reason: Reason) -> None:
     """
-    Nothing is left to try: hold, and call a person.
+    Nothing is left to try for this server: a person is called.
 
-    A server that was being started counts as dead from here: without a repair nobody would prove it.
+    Where the others suffice the run goes on without it; else the run is locked out. One that was being
+    started counts as dead from here: without a repair nobody would prove it.
     """
-    if server is not None:
-        server = replace(server, repair=None)
-        if server.state in {ServerState.STARTING, ServerState.RESTARTING}:
-            server = server.move(ServerState.DEAD, turn.now, reason)
-        turn.put(server)
+    server = replace(server, repair=None)
+    if server.state is not ServerState.STALE:
+        server = server.move(ServerState.DEAD, turn.now, reason)
+    turn.put(server)
+    if holding.why_down(turn.state) is None:
+        turn.note("call", reason, f"{server.name} is given up: {reason.value}; the others go on without it")
+    else:
+        lock_out(turn, reason)
+
+
+def lock_out(turn: Turn, reason: Reason) -> None:
+    """Nothing is left to try: hold, and call a person."""
     if turn.state.lockout is None:
         turn.state = replace(turn.state, lockout=Lockout(reason=reason, since=turn.now))
         turn.note("locked_out", reason, f"locked out: {reason.value}; a person has to decide")
@@ -171,9 +180,14 @@ def effect_ended(turn: Turn, server: Server, event: EffectEnded) -> None:
 
 
 def probed(turn: Turn, server: Server, event: ServerProbed) -> None:
-    """A round of probes may end READY, or prove the weights after a re-sync."""
+    """A round of probes may end READY, prove the weights after a re-sync, or find them current after all."""
     repair = server.repair
     if repair is None:
+        trainer, settings = turn.state.trainer, turn.state.settings
+        known = server.weight_version is not None and trainer.weight_version is not None
+        fresh = known and current(server.weight_version, trainer.weight_version, settings.max_staleness)
+        if server.state is ServerState.STALE and fresh:
+            _canary(turn, _begun(turn, server, Reason.SERVER_RETURNED, Stage.CANARY, ServerState.STALE))
         return
     up = event.model_info is Answer.OK and event.ready in {Answer.OK, Answer.NOT_OFFERED}
     ours = server.managed and server.hands is Hands.OWN and not repair.unseen
@@ -203,7 +217,7 @@ def acknowledged(turn: Turn, server: Server, event: OrderAcknowledged) -> None:
     if event.order != "RESYNC":
         return
     if not event.ok:
-        lock_out(turn, server, Reason.RESYNC_FAILED)
+        _resync_failed(turn, server, repair, event.detail)
         return
     repair = replace(repair, resync_generation=None, changed=True, resynced_at=turn.now)
     server = replace(server, repair=repair)
@@ -216,6 +230,22 @@ def acknowledged(turn: Turn, server: Server, event: OrderAcknowledged) -> None:
     turn.note("action", repair.cause, f"weights of {server.name} re-synced by the trainer")
     if server.weight_version is None or turn.state.trainer.weight_version is None:
         _serve(turn, server)
+
+
+def _resync_failed(turn: Turn, server: Server, repair: Repair, detail: str) -> None:
+    """A trainer that could not may be able to in a while: what it copies from or to can come back."""
+    failed = repair.resyncs_failed + 1
+    if failed >= RESYNC_TRIES or repair.stage is Stage.START:
+        give_up(turn, server, Reason.RESYNC_FAILED)
+        return
+    wait_s = turn.state.settings.backoff_first_s * 2 ** (failed - 1)
+    repair = replace(repair, resync_generation=None, resyncs_failed=failed, resync_again_at=turn.now + wait_s)
+    turn.put(replace(server, repair=repair))
+    turn.note(
+        "action",
+        repair.cause,
+        f"the trainer could not re-sync {server.name}: {detail}; again in {wait_s:g} s",
+    )
 
 
 def ticked(turn: Turn, server: Server) -> None:
@@ -232,7 +262,7 @@ def ticked(turn: Turn, server: Server) -> None:
             _watch(turn, server, repair)
         case Stage.STOP:
             if waited_s > 4 * settings.stop_timeout_s:
-                lock_out(turn, server, Reason.STOP_FAILED)
+                give_up(turn, server, Reason.STOP_FAILED)
         case Stage.BACKOFF:
             if waited_s >= _wait_s(turn, server):
                 _start(turn, server)
@@ -274,7 +304,10 @@ def _weights_wait(turn: Turn, server: Server, repair: Repair) -> None:
     late = turn.now - since > settings.resync_timeout_s
     if late and turn.may_act(repair.cause):
         if repair.resync_generation is None or trainer.phase == "HELD":
-            lock_out(turn, server, Reason.WEIGHTS_UNPROVEN)
+            if repair.push_failed and not repair.resyncs_failed:
+                _failed(turn, server, Reason.WEIGHTS_UNPROVEN)  # it cannot load: a new process may
+            else:
+                give_up(turn, server, Reason.WEIGHTS_UNPROVEN)
             return
         if not repair.called:
             turn.put(replace(server, repair=replace(repair, called=True)))
@@ -386,7 +419,7 @@ def _wait_s(turn: Turn, server: Server) -> float:
 def _stop_ended(turn: Turn, server: Server, repair: Repair, event: EffectEnded) -> None:
     if not event.ok:
         turn.note("call", Reason.STOP_FAILED, f"{server.name} would not end: {event.detail}")
-        lock_out(turn, server, Reason.STOP_FAILED)
+        give_up(turn, server, Reason.STOP_FAILED)
         return
     server = replace(
         server,
@@ -492,15 +525,16 @@ def _weights(turn: Turn, server: Server) -> None:
         intent = turn.intent("push")
         turn.put(replace(server, repair=replace(repair, intent=intent, pushing=trainer.weight_version)))
         turn.commands.append(PushWeights(intent=intent, server=server.name, version=trainer.weight_version))
-    elif trainer.handles_resync and (not push or repair.push_failed) and not _just_resynced(turn, repair):
+    elif trainer.handles_resync and (not push or repair.push_failed) and _may_resync(turn, repair):
         generation = turn.state.gate.generation + 1
         turn.put(replace(server, repair=replace(repair, resync_generation=generation)))
 
 
-def _just_resynced(turn: Turn, repair: Repair) -> bool:
-    """Whether a RESYNC was acknowledged a moment ago, and the probe that would show it is still to come."""
-    at = repair.resynced_at
-    return at is not None and turn.now - at < 3 * turn.state.settings.interval_s
+def _may_resync(turn: Turn, repair: Repair) -> bool:
+    """Not before the probe that would show an acknowledged RESYNC, nor soon after a failed one."""
+    at, again_at = repair.resynced_at, repair.resync_again_at
+    shown = at is None or turn.now - at >= 3 * turn.state.settings.interval_s
+    return shown and (again_at is None or turn.now >= again_at)
 
 
 def _push_ended(turn: Turn, server: Server, repair: Repair, event: EffectEnded) -> None:

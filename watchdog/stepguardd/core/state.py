@@ -162,6 +162,8 @@ class Repair:
     intent: str | None = None
     resync_generation: int | None = None
     resynced_at: float | None = None
+    resyncs_failed: int = 0
+    resync_again_at: float | None = None
     again_at: float | None = None
     pushing: str | None = None
     push_failed: bool = False

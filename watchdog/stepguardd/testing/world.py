@@ -205,7 +205,7 @@ class World:
         self._next: dict[str, float] = {}
         if running:
             for fake in fakes:
-                fake.spawn(self.now - 60.0)
+                fake.spawn(self.now - 60.0 - fake.load_s)
                 fake.version = self.trainer.version if fake.version is not None else None
         self.feed(DaemonStarted(gate_order="GO", gate_generation=0))
         self._look()
@@ -325,7 +325,8 @@ class World:
         trainer = self.trainer
         trainer.batch += 1
         number = trainer.step + 1 if step is None else step
-        wobble = 0.7 + 0.01 * ((number * 7) % 5)
+        mean = 0.7 + 0.01 * ((number * 7) % 5) if reward is None else reward
+        spread = 0.0 < mean < 1.0  # of rewards that are each 0 or 1
         self.feed(
             BatchReported(
                 attempt=trainer.attempt if attempt is None else attempt,
@@ -333,10 +334,10 @@ class World:
                 batch=trainer.batch,
                 ok=64 - failed,
                 failed=failed,
-                reward=wobble if reward is None else reward,
-                reward_std=0.4,
-                reward_min=0.0,
-                reward_max=1.0,
+                reward=mean,
+                reward_std=(mean * (1.0 - mean)) ** 0.5 if spread else 0.0,
+                reward_min=0.0 if spread else mean,
+                reward_max=1.0 if spread else mean,
                 refused=refused,
                 began=self.now if began is None else began,
             )
@@ -347,21 +348,39 @@ class World:
         """One whole step: rollouts, the verdict, the optimizer step, new weights on every server that can."""
         if self.order != "GO" or not self.batch(reward):
             return False
+        self.commit(reward)
+        self.run(1.0)
+        return True
+
+    def commit(self, reward: float | None = None, *, sync: bool = True) -> None:
+        """The optimizer step itself; the new weights go to every server at once, or not yet."""
         trainer = self.trainer
         trainer.step += 1
         trainer.version = f"v{trainer.step}"
-        for fake in self.servers.values():
-            if fake.up(self.now) and fake.version is not None:
-                fake.version = trainer.version
-                fake.tokens += 1000
+        if sync:
+            self.publish()
         self.feed(
             StepCommitted(
                 attempt=trainer.attempt, step=trainer.step, reward=reward, weight_version=trainer.version
             )
         )
         self.see_trainer()
-        self.run(1.0)
-        return True
+
+    def publish(self) -> None:
+        """The trainer's weights go to every server that takes them."""
+        for fake in self.servers.values():
+            if fake.up(self.now) and fake.can_load and fake.version is not None:
+                fake.version = self.trainer.version
+                fake.tokens += 1000
+
+    def restart_trainer(self) -> None:
+        """A person starts the trainer again, from what it had."""
+        trainer = self.trainer
+        trainer.dead = trainer.stopped = False
+        trainer.pid, trainer.attempt = trainer.pid + 1, trainer.attempt + 1
+        trainer.version = f"v{trainer.step}-{trainer.attempt}"
+        self.publish()
+        self.see_trainer()
 
     def steps(self, count: int) -> None:
         """So many healthy steps, every one of which must be let through."""

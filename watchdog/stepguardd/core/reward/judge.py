@@ -519,13 +519,13 @@ def _while_tripped(
 
 
 def _let_go(state: RewardState, seen: Observation, value: float, trip: Trip) -> tuple[RewardState, Verdict]:
-    """A value after a person let the stream go that is not back at the baseline; enough of them are the new one."""
+    """A value that is not back at the baseline, let go by a person; enough of them are the new baseline."""
     assert trip.level is not None
     count = 1 + (trip.accepted or 0)
     level = trip.level + (value - trip.level) / count
-    baseline, still = state.baseline, trip._replace(level=level, accepted=count)
-    if count >= _ACCEPTED:
-        baseline, still = adopt(baseline, level, float(count)), None
+    decided = count >= _ACCEPTED
+    baseline = adopt(state.baseline, level, float(count)) if decided else state.baseline
+    still = None if decided else trip._replace(level=level, accepted=count)
     state = state._replace(
         attempt=seen.attempt, step=seen.step, baseline=baseline, unknown_streak=0, trip=still
     )

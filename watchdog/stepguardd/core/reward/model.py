@@ -357,7 +357,9 @@ class Trip(NamedTuple):
     back_nats: float = 0.0
     """Evidence that the stream is back at the baseline."""
     accepted: int | None = None
-    """Values since a person let it go, which say what was meant: mended, or right as it is. None: nobody did."""
+    """
+    Values since a person let it go, which say what was meant: mended, or right as it is. None: nobody did.
+    """
 
 
 class RewardState(NamedTuple):
