@@ -15,7 +15,10 @@ import pytest
 
 from daemon_parts.little_run import little_run
 from daemon_parts.small_run import small_run
+from requirements import require
 from senses.memory_cgroups import limited_memory_cgroup
+from stepguard.cgroups import memory_cgroup
+from stepguard.reports import Memory
 from stepguardd import proc
 from stepguardd.config import Config, load_config
 from stepguardd.core.events import (
@@ -276,6 +279,58 @@ def test_a_live_daemon_tells_of_a_crash_and_of_memory_in_a_servers_log(
         host = run.status()["host"]
         assert host["total_bytes"] > host["available_bytes"] > 0
         run.until(lambda: "GPUs" in run.status()["unseen"] or run.status()["gpus"], "the GPUs were asked")
+
+
+def guard_says(identity: int, total: int, new: int) -> Memory:
+    report: Memory = {
+        "v": 1,
+        "kind": "memory",
+        "attempt": 0,
+        "cgroup": "/",
+        "identity": identity,
+        "total": total,
+        "new": new,
+    }
+    return report
+
+
+def test_kills_that_only_the_guard_can_count_are_told_and_counted(tmp_path: Path) -> None:
+    """As in a sidecar: the trainer's cgroup cannot be looked at from here, and is called "/" as all are."""
+    run = Run(tmp_path)
+
+    def say(seen: Surroundings) -> None:
+        seen.guard_counts(guard_says(identity=7, total=2, new=0))  # from before it began
+        seen.guard_counts(guard_says(identity=7, total=3, new=1))
+        # Another guard, of the trainer's next life: what it counts first tells of the end of the one before.
+        seen.guard_counts(guard_says(identity=7, total=5, new=0))
+        seen.guard_counts(guard_says(identity=8, total=9, new=0))  # another container
+
+    seen = run.watch(say, lambda _: len(run.told) >= 2)
+    ooms = [event for event in run.told if isinstance(event, OomSeen)]
+    assert [(oom.kind, oom.role, oom.cgroup, oom.count) for oom in ooms] == [
+        (OomKind.CGROUP_COUNTER, Role.TRAINER, "/", 1),
+        (OomKind.CGROUP_COUNTER, Role.TRAINER, "/", 2),
+    ]
+    host = seen.status()["host"]
+    assert isinstance(host, dict)
+    assert host["oom_kills"] == 3
+
+
+def test_a_cgroup_that_is_counted_here_is_not_counted_by_the_guard_as_well(tmp_path: Path) -> None:
+    """The same folder, whatever it is called on the other side."""
+    run = Run(tmp_path)
+    run.own(os.getpid())
+    own = memory_cgroup(os.getpid())
+    if own is None:
+        require("oom", "this process is in no memory cgroup that can be seen")
+    identity = own.folder.stat().st_ino
+
+    def say(seen: Surroundings) -> None:
+        seen.guard_counts(guard_says(identity=identity, total=1, new=1))
+        seen.guard_counts(guard_says(identity=identity + 1, total=1, new=1))
+
+    run.watch(say, lambda _: run.told)
+    assert [event.count for event in run.told if isinstance(event, OomSeen)] == [1]
 
 
 def test_a_real_kernel_kill_names_the_server_by_the_log_and_by_the_cgroup(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ EXAMPLES: list[dict[str, Any]] = [
     },
     {"kind": "saved", "attempt": 0, "step": 180, "path": "/ckpt", "norms": {"w": 1.5}},
     {"kind": "ack", "attempt": 0, "generation": 7, "order": "RESYNC", "ok": True, "detail": ""},
+    {"kind": "memory", "attempt": 0, "cgroup": "/job", "identity": 42, "total": 3, "new": 1},
     {"kind": "call_failed", "attempt": 0, "what": "reward", "error": "timeout"},
     {"kind": "calls_hung", "attempt": 0, "what": "reward", "failed": 40, "calls": 200},
 ]

@@ -11,6 +11,7 @@ import pytest
 from daemon_parts.test_journal import Recording, written
 from stepguardd.cli import main
 from stepguardd.core.diagnosis import Cause
+from stepguardd.core.events import OomKind, OomSeen, Role
 from stepguardd.core.state import Settings
 from stepguardd.incidents.collected import Collected, LogSpan, read_collected, write_collected
 from stepguardd.incidents.folders import folder_of, keep_few, kept
@@ -291,3 +292,23 @@ def test_a_writer_waits_for_the_row_that_ends_the_incident(state_dir: Path) -> N
     assert has_notice(journal, 1, "resolved")
     assert not has_notice(journal, 1, "locked_out")
     assert not has_notice(journal, 2, "resolved")
+
+
+def test_the_kernels_kill_in_the_run_is_evidence_and_a_strangers_is_none(tmp_path: Path) -> None:
+    world = Recording()
+    world.steps(12)
+    world.feed(OomSeen(kind=OomKind.KERNEL_CGROUP, role=Role.UNKNOWN, name="a-stranger", cgroup="/theirs"))
+    world.feed(OomSeen(kind=OomKind.CGROUP_COUNTER, role=Role.TRAINER, cgroup="/ours"))
+    world.kill()
+    world.run(30)
+    world.steps(6)
+    written(tmp_path / "journal.db", world.rows)
+    collected = Collected(
+        run="math", incident=1, journal=str(tmp_path / "journal.db"), run_dir="/run/stepguard/math"
+    )
+    write_collected(folder_of(tmp_path, 1), collected)
+    report = write_report(collected, folder_of(tmp_path, 1))
+    (found,) = [one for one in report.hypotheses if one.cause is Cause.HOST_OOM]
+    told = [line for line in found.supporting if "the kernel killed for memory" in line]
+    assert len(told) == 1
+    assert "in cgroup /ours, where the trainer runs" in told[0]

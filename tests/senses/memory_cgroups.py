@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from requirements import require
-from stepguardd.sources.cgroups import MemoryCgroup
+from stepguard.cgroups import MemoryCgroup
 
 _HIERARCHIES = (
     (1, Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),

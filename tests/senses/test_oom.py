@@ -14,17 +14,13 @@ from hypothesis import strategies as st
 
 from requirements import require
 from senses.memory_cgroups import limited_memory_cgroup
+from stepguard.cgroups import MemoryCgroup, find_memory_cgroup, kill_count, memory_cgroup, parse_kills
 from stepguardd.core.events import OomKind, Role
 from stepguardd.sources import kmsg
 from stepguardd.sources.cgroups import (
     KillAlarm,
     KillCounter,
-    MemoryCgroup,
-    find_memory_cgroup,
-    kill_count,
-    memory_cgroup,
     memory_pressure,
-    parse_kills,
     parse_pressure,
     pressure_warning,
 )

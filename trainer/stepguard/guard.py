@@ -27,6 +27,7 @@ from typing import Any, Final, Literal, TypeVar
 from stepguard import isolation
 from stepguard.admission import Admission, Refusal, Tally, Verdict, judge, refusal, shaped, total
 from stepguard.calls import CallFailed, CallFailure, CallOk, Fate, actor_end, bounded_call
+from stepguard.cgroups import OwnKills
 from stepguard.fuse import AT_ONCE_S, Blown, CallFuse
 from stepguard.gate import SEQUENCE_WORD, STEP_PHASE_WORD, Phase
 from stepguard.link import Link, OnceLog
@@ -115,6 +116,7 @@ class Guard:
             log=self._log,
             on_rollback=self._void,
         )
+        self._kills: OwnKills | None = None
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
@@ -499,6 +501,7 @@ class Guard:
         self._presence.beat()
         self._obedience.refresh()
         self._obedience.say_hello()
+        self._tell_kills()
 
     def skips(self, step: int) -> bool:
         """
@@ -558,6 +561,28 @@ class Guard:
                 "detail": "" if error is None else f"{type(error).__name__}: {error}"[:500],
             }
         )
+
+    def _tell_kills(self) -> None:
+        """What the kernel killed beside this process: a dead worker of a loader, a rank, a helper."""
+        if self._kills is None:
+            self._kills = OwnKills()
+        new = self._kills.look()
+        if new is None or not self._link.has_page:
+            return
+        assert self._kills.cgroup is not None
+        sent = self._link.send(
+            {
+                "v": 1,
+                "kind": "memory",
+                "attempt": self._presence.attempt,
+                "cgroup": self._kills.cgroup.name,
+                "identity": self._kills.identity or 0,
+                "total": self._kills.total or 0,
+                "new": new,
+            }
+        )
+        if sent:
+            self._kills.told()
 
     def _before_step_slowly(self, step: int) -> None:
         self._presence.at(step)

@@ -129,6 +129,23 @@ class CallsHung(TypedDict):
     calls: int
 
 
+class Memory(TypedDict):
+    """
+    The kernel's kills for memory in the trainer's own cgroup, which a daemon in another cannot see.
+
+    `total` counts since the cgroup was made, `new` since this trainer's last report; its first one has 0.
+    `identity` is the inode of the cgroup's folder: in a container every cgroup is called "/".
+    """
+
+    v: int
+    kind: Literal["memory"]
+    attempt: int
+    cgroup: str
+    identity: int
+    total: int
+    new: int
+
+
 class Bye(TypedDict):
     """
     The training process ends, and knows why.
@@ -144,7 +161,7 @@ class Bye(TypedDict):
     detail: str
 
 
-Report = Hello | Batch | Step | Saved | Ack | CallFailed | CallsHung | Bye
+Report = Hello | Batch | Step | Saved | Ack | CallFailed | CallsHung | Memory | Bye
 
 
 class BadReport(ValueError):  # noqa: N818 - named after what is wrong
@@ -362,6 +379,7 @@ _FIELDS: Final[dict[str, dict[str, Callable[[object], bool]]]] = {
     },
     "call_failed": {"attempt": _count, "what": _text, "error": _text},
     "calls_hung": {"attempt": _count, "what": _text, "failed": _count, "calls": _count},
+    "memory": {"attempt": _count, "cgroup": _text, "identity": _count, "total": _count, "new": _count},
     "bye": {
         "attempt": _count,
         "pid": _count,

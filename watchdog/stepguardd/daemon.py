@@ -178,7 +178,9 @@ class Daemon:
                 self._refuse_strangers()
             self.gate = GateWriter(run.run_dir / "gate")
             self._write_guard_settings(self.state.trainer.skip_steps)
-            self._reports = ReportSocket(run.run_dir / "reports.sock", self._reported)
+            self._reports = ReportSocket(
+                run.run_dir / "reports.sock", self._reported, self._surroundings.guard_counts
+            )
         except (JournalError, GateError) as error:
             raise DaemonError(str(error)) from error
         except OSError as error:

@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from stepguard.cgroups import MemoryCgroup, memory_cgroup
+from stepguard.reports import Memory
+
 from . import clock, proc
 from .config import Config
 from .control.contract import GpuDict, HostDict
@@ -21,12 +24,14 @@ from .core.events import (
     GpuTroubled,
     LogSeen,
     MemoryPressed,
+    OomKind,
     OomSeen,
     Proc,
     Role,
 )
 from .core.state import State
-from .sources.cgroups import KillCounter, MemoryCgroup, memory_cgroup, memory_pressure, pressure_warning
+from .oneline import utf8
+from .sources.cgroups import KillCounter, memory_pressure, pressure_warning
 from .sources.gpu import GpuSense, Headroom, strangers
 from .sources.kmsg import KernelLog, KernelLogError, open_kernel_log
 from .sources.logs import LogError, LogFollower, LogMatch
@@ -108,6 +113,12 @@ class Surroundings:
                     followed.close()
             self._kills.close()
             self._gpu.close()
+
+    def guard_counts(self, report: Memory) -> None:
+        """Take in what the guard says of its own cgroup, which may lie where this process cannot look."""
+        kill = self._kills.told_by_guard(report)
+        if kill is not None:
+            self._emit(kill)
 
     def status(self) -> dict[str, object]:
         """The keys of `status` that are this module's: `gpus`, `host` and `unseen`."""
@@ -278,6 +289,30 @@ class _Kills:
         self._retry_at = 0.0
         self._cgroups: dict[Proc, MemoryCgroup | None] = {}
         self._counters: dict[MemoryCgroup, KillCounter] = {}
+        self._identities: dict[MemoryCgroup, int] = {}
+        self._of_guard: tuple[int, int] | None = None
+
+    def told_by_guard(self, report: Memory) -> OomSeen | None:
+        """
+        The kills that nobody here could count.
+
+        A guard that comes new into a cgroup that is known tells of what happened between two guards as well:
+        the kill of the trainer before it, perhaps.
+        """
+        identity, total = report["identity"], report["total"]
+        known = self._of_guard
+        self._of_guard = (identity, total)
+        new = total - known[1] if known is not None and known[0] == identity else report["new"]
+        if new <= 0 or identity in self._identities.values():
+            return None
+        self.seen = (self.seen or 0) + new
+        return OomSeen(
+            kind=OomKind.CGROUP_COUNTER,
+            role=Role.TRAINER,
+            cgroup=utf8(report["cgroup"]),
+            count=new,
+            facts={"counted by": "the trainer's guard"},
+        )
 
     def poll(self, now: float) -> list[OomSeen]:
         """What is new, each with its owner where that is known."""
@@ -338,7 +373,19 @@ class _Kills:
             cgroup: self._counters[cgroup] if cgroup in self._counters else KillCounter(cgroup)
             for cgroup in inside
         }
+        self._identities = {
+            cgroup: self._identities[cgroup] if cgroup in self._identities else _inode(cgroup.folder)
+            for cgroup in inside
+        }
         return kills
+
+
+def _inode(folder: Path) -> int:
+    """The same from inside and outside a container; 0 for a cgroup that is gone."""
+    try:
+        return folder.stat().st_ino
+    except OSError:
+        return 0
 
 
 class GpuTroubles:

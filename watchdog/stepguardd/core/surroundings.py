@@ -66,6 +66,12 @@ _OOM_WORDS = {
     OomKind.POOL_TOO_SMALL: "no memory was left for the KV pool of",
     OomKind.KV_FULL: "the KV pool is full, requests are retracted in",
 }
+_WHOSE = {
+    Role.SERVER: "a server",
+    Role.TRAINER: "the trainer",
+    Role.OTHER: "another process",
+    Role.UNKNOWN: "a process",
+}
 _GPU_REASONS = {
     GpuTrouble.XID: Reason.GPU_FAULT,
     GpuTrouble.ECC: Reason.GPU_FAULT,
@@ -115,9 +121,9 @@ def _out_of_memory(turn: Turn, event: OomSeen) -> None:
     ooms, news = _kept(around.ooms, event, turn.now, _join_ooms)
     turn.state = replace(turn.state, surroundings=replace(around, ooms=ooms))
     if news:
-        whose = (
-            event.server or event.name or ("a process" if event.role is Role.UNKNOWN else event.role.value)
-        )
+        whose = event.server or event.name or _WHOSE[event.role]
+        if event.kind is OomKind.CGROUP_COUNTER and event.role is not Role.UNKNOWN:
+            whose = f"a process of {whose}"  # which one the counter does not say
         pid = "" if event.pid is None else f" (pid {event.pid})"
         held = "" if event.used_bytes is None else f", {event.used_bytes / 2**30:.1f} GiB"
         where = "" if event.cgroup is None else f", cgroup {event.cgroup}"

@@ -10,9 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from stepguard.cgroups import MemoryCgroup, kill_count, memory_cgroup
+
 from ..incidents.recorder import py_spy
 from ..places import default_state_dir, run_roots
-from ..sources import cgroups
+from ..sources.cgroups import memory_pressure, pressure_warning
 from ..sources.kmsg import KMSG
 from ..sources.nvml import Gpu, GpuError, GpuLook, NvmlDriver
 from .findings import Finding, bad, ok, warn
@@ -122,7 +124,7 @@ def check_memory(machine: Machine) -> Iterator[Finding]:
             yield warn("memory", "host", words, "lower the concurrency of rollouts or the host's caches")
         else:
             yield ok("memory", "host", words)
-    pressure = cgroups.pressure_warning(cgroups.memory_pressure())
+    pressure = pressure_warning(memory_pressure())
     if pressure is not None:
         yield warn("memory", "pressure", pressure, "lower the concurrency of rollouts or the host's caches")
     yield from _cgroups(machine)
@@ -143,12 +145,12 @@ def _cgroups(machine: Machine) -> Iterator[Finding]:
     watched = [("server", one.process.pid) for one in machine.servers]
     watched += [("trainer", one.process.pid) for one in machine.trainers]
     for role, pid in watched:
-        group = cgroups.memory_cgroup(pid)
+        group = memory_cgroup(pid)
         if group is None or group.folder in seen:
             continue
         seen.add(group.folder)
         subject = f"cgroup {group.name or '/'}"
-        killed = cgroups.kill_count(group)
+        killed = kill_count(group)
         if killed:
             yield warn(
                 "oom",
@@ -165,7 +167,7 @@ def _cgroups(machine: Machine) -> Iterator[Finding]:
                 yield ok("memory", subject, words)
 
 
-def _limit(group: cgroups.MemoryCgroup) -> tuple[int | None, int | None]:
+def _limit(group: MemoryCgroup) -> tuple[int | None, int | None]:
     names = ("memory.max", "memory.current") if group.version == 2 else (
         "memory.limit_in_bytes", "memory.usage_in_bytes",
     )  # fmt: skip

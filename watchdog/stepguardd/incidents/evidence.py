@@ -14,8 +14,11 @@ from ..core.events import (
     Answer,
     BatchReported,
     DaemonStarted,
+    OomKind,
+    OomSeen,
     ProcessExited,
     RewardLogged,
+    Role,
     ServerProbed,
     StepCommitted,
     TreeSampled,
@@ -29,6 +32,7 @@ from .timeline import LEAD_S, stopped_by_us
 
 GAP_S: Final = 30.0
 
+_KERNEL: Final = {OomKind.KERNEL_HOST, OomKind.KERNEL_CGROUP, OomKind.CGROUP_COUNTER}
 _HUNG: Final = {Reason.SERVER_HUNG, Reason.SERVER_SPINNING, Reason.SERVER_STOPPED, Reason.CANARY_FAILED}
 _STALE: Final = {Reason.STALE_WEIGHTS, Reason.WEIGHTS_UNPROVEN, Reason.RESYNC_FAILED}
 
@@ -102,6 +106,10 @@ def _facts(row: Recorded, before: State, after: State, passage: Passage) -> Iter
             yield from _batch(event, tripped=after.trip is not None)
         case StepCommitted():
             yield from _step(event)
+        case OomSeen() if event.kind in _KERNEL and event.role is not Role.UNKNOWN:
+            whose = event.server or f"the {event.role.value}"
+            where = "" if event.cgroup is None else f" in cgroup {event.cgroup}"
+            yield Fact.HOST_OOM, whose, f"the kernel killed for memory{where}, where {whose} runs"
         case DaemonStarted() if row.seq > passage.opened.seq:
             yield Fact.WATCHDOG_GAP, "stepguard", "a daemon came up within the incident"
         case _:

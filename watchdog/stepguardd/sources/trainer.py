@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from stepguard.gate import GatePage
-from stepguard.reports import REPORT_BYTES_MAX, BadReport, Batch, Report, parse_report
+from stepguard.reports import REPORT_BYTES_MAX, BadReport, Batch, Memory, Report, parse_report
 
 from .. import proc
 from ..core.events import (
@@ -45,16 +45,20 @@ class ReportSocket:
     Args:
         path: where to bind; a socket left there by a daemon that died is replaced.
         emit: where the events go.
+        kills: where the guard's counts of kernel kills go: which of them are news is told elsewhere.
 
     Raises:
         OSError: the path cannot be bound, or holds something that is no socket.
 
     """
 
-    def __init__(self, path: Path, emit: Emit) -> None:
+    def __init__(
+        self, path: Path, emit: Emit, kills: Callable[[Memory], None] = lambda _report: None
+    ) -> None:
         self.path = path
         self.bad_reports = 0
         self._emit = emit
+        self._kills = kills
         with suppress(FileNotFoundError):
             if not stat.S_ISSOCK(path.lstat().st_mode):
                 raise FileExistsError(f"{path} is there and is no socket; remove it")
@@ -82,10 +86,14 @@ class ReportSocket:
             except (BlockingIOError, InterruptedError):
                 return
             try:
-                event = event_of(parse_report(datagram))
+                report = parse_report(datagram)
             except BadReport:
                 self.bad_reports += 1
                 continue
+            if report["kind"] == "memory":
+                self._kills(report)
+                continue
+            event = event_of(report)
             if event is not None:
                 self._emit(event)
 
