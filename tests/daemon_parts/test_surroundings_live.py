@@ -158,6 +158,38 @@ def test_lines_of_both_logs_are_told_with_whose_they_are(tmp_path: Path) -> None
     assert ooms[0].used_bytes == 2 * GIB
 
 
+def test_a_dead_servers_last_words_are_known_when_a_look_is_over(tmp_path: Path) -> None:
+    """Before it is started again somebody asks why it died; a look that was given up loses nothing."""
+    run = Run(tmp_path)
+    run.log.write_text("")
+
+    async def live() -> None:
+        seen = Surroundings(
+            run.config,
+            lambda: run.state,
+            run.told.append,
+            gpus=GpuSense(run.driver),
+            kernel_log=lambda: run.kernel,
+        )
+        await seen.look()
+        for words, patient in ((CUDA_OOM, True), (CRASH, False)):
+            run.told.clear()
+            with run.log.open("a") as log:
+                log.write(words)
+            look = asyncio.create_task(seen.look())
+            if not patient:
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+                look.cancel()
+                await asyncio.gather(look, return_exceptions=True)
+                assert not run.told
+                look = asyncio.create_task(seen.look())
+            await look
+            assert any(isinstance(event, LogSeen) for event in run.told)
+
+    asyncio.run(live())
+
+
 def test_the_kernels_kill_names_the_server_whose_process_is_gone(tmp_path: Path) -> None:
     """The tree is empty by the time that the kernel's line is read."""
     run = Run(tmp_path)

@@ -119,6 +119,18 @@ def test_a_server_that_dies_again_on_probation_gets_the_next_remedy(tmp_path: Pa
     assert guarded["steps"] == 60
 
 
+def test_a_server_without_memory_enough_serves_on_one_rung_down(tmp_path: Path) -> None:
+    """Incident B: the kernel kills where a cgroup can be made, else CUDA's line; then fewer fit."""
+    guarded = run_demo(tmp_path / "oom", "--fault", "oom", "--steps", "40")["guarded"]
+    log = daemon_log(tmp_path / "oom")
+    assert "ran out of memory, and the kernel killed" in log or "CUDA ran out of memory" in log
+    assert "max_running_requests unset → 32" in log
+    server = (tmp_path / "oom/guarded/server.log").read_text()
+    assert server.count("fired up and ready to roll") == 2
+    assert (guarded["garbage_steps"], guarded["restarts"], guarded["holds"]) == (0, 1, 1)
+    assert guarded["steps"] == 40
+
+
 def test_a_step_of_nan_is_taken_back_and_without_stepguard_it_ends_all_learning(tmp_path: Path) -> None:
     """One NaN in a gradient: every weight is lost with it, and no later step can know."""
     found = run_demo(tmp_path / "nan", "--fault", "nan", "--steps", "60", "--compare")

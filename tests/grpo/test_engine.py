@@ -14,6 +14,7 @@ from stepguard_grpo.model import load_policy
 from stepguard_grpo.server.drawing import draw
 from stepguard_grpo.server.engine import Engine, Running
 from stepguard_grpo.server.llama import Llama, load_weights
+from stepguard_grpo.server.memory import OutOfMemoryError, PretendedGpu, RequestMemory
 from stepguard_grpo.server.sampling import Sampling, UnknownKeyError, parse_sampling
 from stepguard_grpo.server.shape import read_shape
 
@@ -160,3 +161,42 @@ def test_sampling_keys_are_known_or_refused() -> None:
     for bad in ({"temperature": "hot"}, {"temperature": float("nan")}, {"n": 0}, {"top_k": 0}, {"n": True}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             parse_sampling(bad)
+
+
+def test_a_pretended_gpu_is_full_of_too_many_requests_and_holds_fewer(llama: Llama, tmp_path: Path) -> None:
+    """The sum of SGLang's: a static share, and what each running request takes beside it."""
+    file = tmp_path / "gpu"
+    memory = RequestMemory(10, PretendedGpu(file=file, mem_fraction_static=0.7))
+
+    def ask(max_running: int) -> dict[str, Running]:
+        engine = Engine(llama, max_running=max_running, memory=memory)
+        for number in range(4):
+            engine.add(request(str(number), [10, 1, 11], seed=number))
+        return finish(engine)
+
+    file.write_text("100 0")
+    with pytest.raises(OutOfMemoryError, match=r"CUDA out of memory\. Tried to allocate"):
+        ask(4)
+    assert len(ask(3)) == 4
+    file.write_text("100 10")
+    with pytest.raises(OutOfMemoryError, match="CUDA out of memory"):
+        ask(3)
+    assert len(ask(2)) == 4
+
+
+def test_what_a_running_request_takes_of_the_host_is_real_and_goes_back(llama: Llama) -> None:
+    """Pages that a cgroup counts, from the first pass to the last."""
+    each, count = 8 << 20, 4
+    engine = Engine(llama, max_running=count, memory=RequestMemory(each))
+    for number in range(count):
+        engine.add(request(str(number), [10, 1, 11], seed=number))
+    before = anonymous_bytes()
+    engine.advance()
+    assert anonymous_bytes() - before > (count - 1) * each
+    finish(engine)
+    assert anonymous_bytes() - before < each
+
+
+def anonymous_bytes() -> int:
+    rows = (line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(dict(rows)["RssAnon"].split()[0]) * 1024

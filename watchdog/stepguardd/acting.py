@@ -8,7 +8,7 @@ intent.
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
 from stepguard.gate import PATH_BYTES_MAX
@@ -41,6 +41,7 @@ from .watching import WatchedServer
 log = logging.getLogger("stepguardd")
 
 INTENT_TIMEOUT_S: Final = 10.0
+LOOK_BACK_S: Final = 2.0
 
 Durable = asyncio.Future[None] | None
 
@@ -56,6 +57,7 @@ class Acting:
         state: the state as it is now.
         trainer: the trainer's parts, once there are any; None where it is somebody else's to start.
         skip: tells the guard which steps' batches to leave out, before a trainer starts.
+        look: takes in what logs and kernel say now, so that why a server ended is known before it starts.
 
     """
 
@@ -68,6 +70,7 @@ class Acting:
         *,
         trainer: Callable[[], TrainerProcesses | None] = lambda: None,
         skip: Callable[[tuple[int, ...]], None] = lambda steps: None,
+        look: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._config = config
         self._watched = watched
@@ -75,6 +78,7 @@ class Acting:
         self._state = state
         self._trainer = trainer
         self._skip = skip
+        self._look = look
         self._tasks: set[asyncio.Task[None]] = set()
         self.changing_checkpoints = asyncio.Lock()
 
@@ -138,6 +142,16 @@ class Acting:
             return failed(f"the config has no server {effect.server} any more")
         return await self._on_server(server, effect)
 
+    async def _look_back(self, server: str) -> None:
+        """Its last words decide what its next start is given; a stalled disk must not keep it waiting."""
+        if self._look is None:
+            return
+        try:
+            async with asyncio.timeout(LOOK_BACK_S):
+                await self._look()
+        except TimeoutError:
+            log.warning("why %s ended was not read within %g s", server, LOOK_BACK_S)
+
     async def _on_trainer(self, effect: StopTrainer | StartTrainer) -> Outcome:
         trainer = self._trainer()
         if trainer is None:
@@ -165,6 +179,7 @@ class Acting:
             case StopServer():
                 async with server.changing:
                     outcome = await server.backend.stop(effect.procs)
+                    await self._look_back(server.settings.name)
                     server.adopt(())
                 return outcome
             case StartServer():

@@ -106,6 +106,7 @@ class Daemon:
         self._decided_at = self.started_at
         self._web: PageServer
         self._trainer: TrainerProcesses | None = None
+        self._surroundings = Surroundings(config, lambda: self.state, self.feed)
         self._acting = Acting(
             config,
             self._servers,
@@ -113,12 +114,12 @@ class Daemon:
             lambda: self.state,
             trainer=lambda: self._trainer,
             skip=self._write_guard_settings,
+            look=self._surroundings.look,
         )
         self._keeper = Keeper(
             config.checkpoints, lambda: self.state, self.feed, self._acting.changing_checkpoints
         )
         self._alerting = Alerting(config, lambda: self.state)
-        self._surroundings = Surroundings(config, lambda: self.state, self.feed)
 
     # ---- life ---------------------------------------------------------------------------------------
 

@@ -86,29 +86,25 @@ class Surroundings:
         self._gpu_troubles = GpuTroubles(self._owners)
         self._gpus: tuple[Gpu, ...] | None = None
         self._short = False
+        self._looking = asyncio.Lock()
+        self._reading: asyncio.Future[list[tuple[_Log, tuple[LogMatch, ...]]]] | None = None
 
     async def watch(self) -> None:
         """Look at an interval. Ends by cancellation, and leaves nothing open."""
-        reading: asyncio.Future[list[tuple[_Log, tuple[LogMatch, ...]]]] | None = None
         slow_due = 0.0
         try:
             while True:
-                reading = asyncio.ensure_future(asyncio.to_thread(self._read_logs))
-                for followed, matches in await asyncio.shield(reading):
-                    self._tell_lines(followed, matches)
+                await self.look()
                 now = clock.monotonic()
-                self._owners.look(self._state(), now)
-                for kill in self._kills.poll(now):
-                    self._emit(kill)
                 if now >= slow_due:
                     slow_due = now + SLOW_INTERVAL_S
                     self._look_at_gpus(now)
                     self._look_at_pressure()
                 await asyncio.sleep(INTERVAL_S)
         finally:
-            if reading is not None:
-                await asyncio.wait({reading}, timeout=2.0)
-            if reading is None or reading.done():
+            if self._reading is not None:
+                await asyncio.wait({self._reading}, timeout=2.0)
+            if self._reading is None or self._reading.done():
                 for followed in self._logs:
                     followed.close()
             self._kills.close()
@@ -119,6 +115,20 @@ class Surroundings:
         kill = self._kills.told_by_guard(report)
         if kill is not None:
             self._emit(kill)
+
+    async def look(self) -> None:
+        """Read the logs and count the kernel's kills now; one look at a time."""
+        async with self._looking:
+            if self._reading is None:  # else somebody gave up on it: what it read is still to be told
+                self._reading = asyncio.ensure_future(asyncio.to_thread(self._read_logs))
+            read = await asyncio.shield(self._reading)
+            self._reading = None
+            for followed, matches in read:
+                self._tell_lines(followed, matches)
+            now = clock.monotonic()
+            self._owners.look(self._state(), now)
+            for kill in self._kills.poll(now):
+                self._emit(kill)
 
     def status(self) -> dict[str, object]:
         """The keys of `status` that are this module's: `gpus`, `host` and `unseen`."""

@@ -27,6 +27,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--served-model-name", default=None, metavar="NAME", help="default: the model path")
     add("--max-running-requests", type=_positive_int, default=64, metavar="N", help="size of a batch")
     add("--max-total-tokens", type=_positive_int, default=8192, metavar="N", help="reported capacity")
+    add("--mem-fraction-static", type=_share, default=0.8, metavar="F", help="of the GPU that is pretended")
+    add("--request-bytes", type=int, default=0, metavar="N", help="memory that each running request takes")
+    add("--pretended-gpu", default=None, metavar="FILE", help="it says what the GPU has, and others took")
     add("--enable-metrics", action="store_true", help="accepted for SGLang's sake; /metrics is always there")
     add("--health-timeout-s", type=float, default=float(os.environ.get("SGLANG_HEALTH_CHECK_TIMEOUT", "20")))
     add(
@@ -52,6 +55,13 @@ def _positive_int(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1")
     return number
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0.0 < share <= 1.0:
+        raise argparse.ArgumentTypeError(f"{share} is no share; give more than 0, up to 1")
+    return share
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 
 from stepguard_grpo.server.drawing import draw
 from stepguard_grpo.server.llama import Llama
+from stepguard_grpo.server.memory import RequestMemory
 from stepguard_grpo.server.sampling import Sampling
 
 Finish = dict[str, Any]
@@ -37,8 +38,9 @@ class Running:
 class Engine:
     """Queue, running batch and model."""
 
-    def __init__(self, model: Llama, *, max_running: int) -> None:
+    def __init__(self, model: Llama, *, max_running: int, memory: RequestMemory | None = None) -> None:
         self.model = model
+        self._memory = RequestMemory() if memory is None else memory
         self.running: list[Running] = []
         self.waiting: deque[Running] = deque()
         self._max_running = max_running
@@ -82,10 +84,11 @@ class Engine:
         One forward pass: a token for every running request. Returns those that are finished by it.
 
         IndexError for a token id outside the vocabulary: as in the real server, the whole engine is lost
-        then.
+        then. OutOfMemoryError likewise.
         """
         while self.waiting and len(self.running) < self._max_running:
             self.running.append(self.waiting.popleft())
+        self._memory.hold_for([request.rid for request in self.running])
         by_length: dict[int, list[Running]] = {}
         for request in self.running:
             by_length.setdefault(len(request.input_ids) + len(request.output_ids), []).append(request)
@@ -93,6 +96,8 @@ class Engine:
             self._advance_group(group)
         finished = [request for request in self.running if request.finish is not None]
         self.running = [request for request in self.running if request.finish is None]
+        if not self.running:
+            self._memory.hold_for([])
         return finished
 
     def _advance_group(self, group: list[Running]) -> None:

@@ -46,6 +46,9 @@ class Settings:
     weight_version: str
     max_running_requests: int
     max_total_tokens: int
+    mem_fraction_static: float
+    request_bytes: int
+    pretended_gpu: str | None
     served_model_name: str
     health_timeout_s: float
     crash_diagnostics_s: float

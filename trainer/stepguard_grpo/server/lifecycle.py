@@ -41,7 +41,12 @@ async def serve(settings: Settings) -> int:
     except (OSError, KeyError, ValueError) as error:
         log.error("%s: %s is not a model directory: %s", type(error).__name__, settings.model_path, error)
         return EXIT_BAD_MODEL
-    link = SchedulerLink(Path(settings.model_path), settings.weight_version, settings.max_running_requests)
+    link = SchedulerLink(
+        Path(settings.model_path),
+        settings.weight_version,
+        settings.max_running_requests,
+        memory=(str(settings.request_bytes), settings.pretended_gpu or "", str(settings.mem_fraction_static)),
+    )
     state = State(
         settings=settings,
         shape=shape,

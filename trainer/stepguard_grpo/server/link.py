@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,24 @@ class SchedulerDiedError(Exception):
 
 
 class SchedulerLink:
-    """One scheduler process. Bound to the running loop."""
+    """
+    One scheduler process. Bound to the running loop.
 
-    def __init__(self, model_path: Path, weight_version: str, max_running: int) -> None:
+    Args:
+        model_path: the weights it loads.
+        weight_version: what it calls them.
+        max_running: requests in a batch.
+        memory: what they take, as the scheduler's own last arguments: see its `main`.
+
+    """
+
+    def __init__(
+        self,
+        model_path: Path,
+        weight_version: str,
+        max_running: int,
+        memory: Sequence[str] = ("0", "", "0.8"),
+    ) -> None:
         ours, theirs = socket.socketpair()
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
@@ -41,7 +57,7 @@ class SchedulerLink:
             "MKL_NUM_THREADS": "1",
         }
         command = [sys.executable, "-m", "stepguard_grpo.server.scheduler", TITLE, str(os.getpid())]
-        command += [str(theirs.fileno()), str(model_path), weight_version, str(max_running)]
+        command += [str(theirs.fileno()), str(model_path), weight_version, str(max_running), *memory]
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
         theirs.close()
         self._socket = ours

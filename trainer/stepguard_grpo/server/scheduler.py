@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from stepguard_grpo.server.engine import Engine, Running
 from stepguard_grpo.server.groups import GroupError, Groups
 from stepguard_grpo.server.llama import Llama, load_weights
+from stepguard_grpo.server.memory import PretendedGpu, RequestMemory
 from stepguard_grpo.server.sampling import Sampling
 from stepguard_grpo.server.shape import read_shape
 from stepguard_grpo.server.wire import Inbox, Message, pack
@@ -233,8 +234,12 @@ def _die_with(parent_pid: int) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """`TITLE PARENT_PID SOCKET_FD MODEL_PATH WEIGHT_VERSION MAX_RUNNING`; started by the parent only."""
-    _, parent, descriptor, model_path, weight_version, max_running = arguments
+    """
+    The process; started by the parent only.
+
+    `TITLE PARENT_PID SOCKET_FD MODEL_PATH WEIGHT_VERSION MAX_RUNNING REQUEST_BYTES GPU_FILE MEM_FRACTION`
+    """
+    _, parent, descriptor, model_path, weight_version, max_running, request_bytes, gpu, share = arguments
     parent_pid = int(parent)
     _die_with(parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
@@ -244,7 +249,9 @@ def main(arguments: list[str]) -> None:
     try:
         path = Path(model_path)
         shape = read_shape(path)
-        engine = Engine(Llama(shape, load_weights(path)), max_running=int(max_running))
+        pretended = PretendedGpu(file=Path(gpu), mem_fraction_static=float(share)) if gpu else None
+        memory = RequestMemory(int(request_bytes), pretended)
+        engine = Engine(Llama(shape, load_weights(path)), max_running=int(max_running), memory=memory)
         with socket.socket(fileno=int(descriptor)) as connection:
             connection.sendall(pack({"kind": "ready", "context_len": shape.context_len}))
             Scheduler(connection, engine, weight_version).run()

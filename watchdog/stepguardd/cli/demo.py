@@ -53,6 +53,8 @@ def demo(
     scenario = SCENARIOS[fault]
     if fault is Fault.DETOKENIZER and server is not ServerKind.SGLANG:
         fail("--fault detokenizer: only a real server has one; add --server sglang")
+    if fault is Fault.OOM and server is not ServerKind.EMBEDDED:
+        fail("--fault oom: how much memory a request takes is an argument of the embedded server alone")
     try:
         server_program(server)
     except ServerMissingError as error:

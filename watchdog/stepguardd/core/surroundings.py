@@ -125,7 +125,7 @@ def _out_of_memory(turn: Turn, event: OomSeen) -> None:
         if event.kind is OomKind.CGROUP_COUNTER and event.role is not Role.UNKNOWN:
             whose = f"a process of {whose}"  # which one the counter does not say
         pid = "" if event.pid is None else f" (pid {event.pid})"
-        held = "" if event.used_bytes is None else f", {event.used_bytes / 2**30:.1f} GiB"
+        held = "" if event.used_bytes is None else f", {_size(event.used_bytes)}"
         where = "" if event.cgroup is None else f", cgroup {event.cgroup}"
         turn.note("warning", _OOM_REASONS[event.kind], f"{_OOM_WORDS[event.kind]} {whose}{pid}{held}{where}")
 
@@ -214,3 +214,7 @@ def _pressure(turn: Turn, event: MemoryPressed) -> None:
         since = None
     if since != around.memory_short_since:
         turn.state = replace(turn.state, surroundings=replace(around, memory_short_since=since))
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.1f} GiB" if size_bytes >= 2**29 else f"{size_bytes / 2**20:.0f} MiB"

@@ -41,6 +41,7 @@ from .faults import (
 )
 from .outcome import Figures, figures
 from .servers import ServerKind, ServerMissingError, ServerProgram, server_program
+from .shortage import Shortage, shortage
 from .supervisor import Supervisor
 
 POLL_S: Final = 0.1
@@ -152,6 +153,7 @@ class Arena:
         self._supervisor: Supervisor | None = None
         self._server_pid: int | None = None
         self._relapsed = False
+        self._shortage: Shortage | None = None
         self._seen_actions = 0
         self._seen_incident: object = None
 
@@ -174,6 +176,9 @@ class Arena:
         self.run_root.mkdir(parents=True, exist_ok=True)
         write_base_model(self.run_root / "base", self._plan.seed)
         scenario = self._scenario
+        if scenario.fault is Fault.OOM:
+            self._shortage = shortage(f"demo-{self._port}", self.root)
+            self._stack.callback(self._shortage.close)
         if not self._plan.guarded or scenario.supervised:
             self._supervisor = Supervisor(
                 self._server_command(),
@@ -193,6 +198,8 @@ class Arena:
             environment["STEPGUARD_RUN_DIR"] = str(run_dir)
         else:
             self._await_server(lambda: proc.port_taken(self._port))
+        if self._shortage is not None:
+            self._shortage.ready()
         if not self._relaunched:
             self._trainer = self._spawn(self._trainer_command(), "trainer.log", environment)
 
@@ -202,7 +209,8 @@ class Arena:
         return self._plan.guarded and self._scenario.fault is Fault.TRAINER
 
     def _server_command(self) -> list[str]:
-        return self._program.command(self.run_root / "base", self._port)
+        command = self._program.command(self.run_root / "base", self._port)
+        return command if self._shortage is None else self._shortage.command(command)
 
     def _trainer_command(self) -> list[str]:
         plan, scenario = self._plan, self._scenario
@@ -390,7 +398,12 @@ class Arena:
             pid = self._trainer_pid if self._trainer is None else self._trainer.pid
         if pid is None:
             return
-        if fault is Fault.PAUSE:
+        if self._shortage is not None:
+            at = time.monotonic()
+            if not self._shortage.begin():
+                return
+            progress.struck_at = at
+        elif fault is Fault.PAUSE:
             progress.struck_at = pause_generation(self.url, self._plan.pause_mode.value)
             self._continue_at = progress.struck_at + PAUSE_S
         elif fault is Fault.WEIGHTS:
@@ -401,6 +414,8 @@ class Arena:
             progress.struck_at = strike(fault, pid)
         progress.fault_step = step
         progress.events.append(f"fault: {self._scenario.story}, after step {step}")
+        if self._shortage is not None:
+            progress.events.append(f"that is {self._shortage.kind}")
 
     def _maybe_continue(self, progress: Progress) -> None:
         """End the pause when its time has come."""

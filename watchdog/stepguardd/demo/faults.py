@@ -39,6 +39,7 @@ class Fault(StrEnum):
     NAN = "nan"
     POLICY = "policy"
     RELAPSE = "relapse"
+    OOM = "oom"
     NONE = "none"
 
 
@@ -181,6 +182,13 @@ SCENARIOS: dict[Fault, Scenario] = {
         restarts=2,
         holds=1,
         probation_steps=8,
+    ),
+    Fault.OOM: Scenario(
+        fault=Fault.OOM,
+        story="there is only memory left for three quarters of the requests at a time",
+        expected="hold, one restart with fewer requests at a time, no garbage step",
+        restarts=1,
+        holds=1,
     ),
     Fault.NONE: Scenario(
         fault=Fault.NONE,
