@@ -14,6 +14,7 @@ from .events import (
     CallsHung,
     RewardLogged,
 )
+from .giving_up import lock_out
 from .reasons import Reason
 from .state import (
     REWARDS_KEPT,
@@ -275,7 +276,7 @@ def _go_back(turn: Turn, trip: Trip) -> None:
     """Roll back, once in an incident; where that may not be, or did not help, a person decides."""
     incident = turn.state.incident
     if incident is not None and incident.rollbacks:
-        recovery.lock_out(turn, Reason.RELAPSED)
+        lock_out(turn, Reason.RELAPSED)
         return
     if rollbacks.begin(turn, trip.onset_step, trip.reason):
         if not trip.infra:
@@ -303,7 +304,7 @@ def _try_again(turn: Turn, trip: Trip) -> None:
         state.retries, now=turn.now, limit=settings.restart_budget, window_s=settings.restart_window_s
     )
     if left < 1:
-        recovery.lock_out(turn, trip.reason)
+        lock_out(turn, trip.reason)
         return
     spent = budget.spend(
         state.retries, now=turn.now, limit=settings.restart_budget, window_s=settings.restart_window_s

@@ -25,6 +25,7 @@ from . import (
     rungs,
     stall,
     surroundings,
+    weights,
 )
 from .breaker import Phase
 from .commands import Command, PublishGate
@@ -208,7 +209,7 @@ def _on_ack(turn: Turn, event: OrderAcknowledged) -> None:
         holding.saved(turn, event)
         return
     for server in turn.state.servers:
-        recovery.acknowledged(turn, server, event)
+        weights.acknowledged(turn, server, event)
 
 
 def _on_trainer(turn: Turn, event: TrainerSeen) -> None:

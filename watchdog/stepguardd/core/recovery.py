@@ -13,19 +13,19 @@ server answers every probe and serves the base model.
 
 from dataclasses import replace
 
-from . import budget, holding, memory, rungs
-from .commands import ContinueServer, PushWeights, RunCanary, StartServer, StopServer
-from .events import Answer, EffectEnded, OrderAcknowledged, ServerProbed, TreeSampled
+from . import budget, memory, rungs, weights
+from .commands import ContinueServer, RunCanary, StartServer, StopServer
+from .events import Answer, EffectEnded, ServerProbed, TreeSampled
 from .fleet import Remedy, Suspicion, current, well
+from .giving_up import give_up
 from .reasons import Reason
-from .state import Hands, Lockout, Mode, Repair, Server, ServerState, Stage
+from .state import Hands, Repair, Server, ServerState, Stage
 from .turn import Turn
 
 _ALIVE = frozenset(
     {ServerState.STARTING, ServerState.SERVING, ServerState.SUSPECT, ServerState.PLANNED, ServerState.STALE}
 )
 _SOFT = frozenset({Stage.CONTINUE, Stage.WATCH, Stage.CANARY, Stage.WEIGHTS})
-RESYNC_TRIES = 3
 
 
 def suspect(turn: Turn, server: Server, suspicion: Suspicion) -> None:
@@ -41,7 +41,7 @@ def suspect(turn: Turn, server: Server, suspicion: Suspicion) -> None:
                 _enter(turn, server, suspicion.reason, Stage.WATCH, ServerState.SUSPECT)
         case Remedy.RESYNC:
             if server.repair is None and server.state in _ALIVE:
-                _weights(turn, _begun(turn, server, suspicion.reason, Stage.WEIGHTS, ServerState.STALE))
+                weights.prove(turn, _begun(turn, server, suspicion.reason, Stage.WEIGHTS, ServerState.STALE))
         case Remedy.RECHECK:
             if server.repair is None and server.state in _ALIVE:
                 server = replace(server, weight_version=None)
@@ -118,30 +118,6 @@ def _rebuild(turn: Turn, server: Server, reason: Reason) -> None:
     turn.note("action", reason, f"asking the trainer to make {server.name} anew: {reason.value}")
 
 
-def give_up(turn: Turn, server: Server, reason: Reason) -> None:
-    """
-    Nothing is left to try for this server: a person is called.
-
-    Where the others suffice the run goes on without it; else the run is locked out. One that was being
-    started counts as dead from here: without a repair nobody would prove it.
-    """
-    server = replace(server, repair=None)
-    if server.state is not ServerState.STALE:
-        server = server.move(ServerState.DEAD, turn.now, reason)
-    turn.put(server)
-    if holding.why_down(turn.state) is None:
-        turn.note("call", reason, f"{server.name} is given up: {reason.value}; the others go on without it")
-    else:
-        lock_out(turn, reason)
-
-
-def lock_out(turn: Turn, reason: Reason) -> None:
-    """Nothing is left to try: hold, and call a person."""
-    if turn.state.lockout is None:
-        turn.state = replace(turn.state, lockout=Lockout(reason=reason, since=turn.now))
-        turn.note("locked_out", reason, f"locked out: {reason.value}; a person has to decide")
-
-
 def accept(turn: Turn, server: Server) -> None:
     """
     A person lets go: a server that lives is taken as it is, whatever speaks against it.
@@ -174,7 +150,7 @@ def effect_ended(turn: Turn, server: Server, event: EffectEnded) -> None:
         case Stage.CANARY:
             _canary_ended(turn, server, repair, event)
         case Stage.WEIGHTS:
-            _push_ended(turn, server, repair, event)
+            weights.push_ended(turn, server, repair, event)
         case Stage.WATCH | Stage.BACKOFF | Stage.READY:
             pass
 
@@ -198,8 +174,8 @@ def probed(turn: Turn, server: Server, event: ServerProbed) -> None:
         if event.model_info is Answer.OK and not repair.push_failed:
             server = replace(server, repair=replace(repair, again_at=None))
             turn.put(server)
-        if event.model_info is Answer.OK or _again(turn, repair):
-            _weights(turn, server)
+        if event.model_info is Answer.OK or weights.again(turn, repair):
+            weights.prove(turn, server)
 
 
 def sampled(turn: Turn, server: Server, event: TreeSampled) -> None:
@@ -207,45 +183,6 @@ def sampled(turn: Turn, server: Server, event: TreeSampled) -> None:
     repair = server.repair
     if repair is not None and repair.stage is Stage.CONTINUE and not event.stopped and repair.intent is None:
         _canary(turn, server)
-
-
-def acknowledged(turn: Turn, server: Server, event: OrderAcknowledged) -> None:
-    """The trainer answered a RESYNC: where a version is offered, the next probe has the last word."""
-    repair = server.repair
-    if repair is None or repair.resync_generation is None or event.generation < repair.resync_generation:
-        return
-    if event.order != "RESYNC":
-        return
-    if not event.ok:
-        _resync_failed(turn, server, repair, event.detail)
-        return
-    repair = replace(repair, resync_generation=None, changed=True, resynced_at=turn.now)
-    server = replace(server, repair=repair)
-    turn.put(server)
-    if repair.stage is Stage.START:  # the trainer made it anew; whether it serves, the probes will tell
-        server = replace(server, repair=replace(repair, stage=Stage.READY, since=turn.now))
-        turn.put(server.move(ServerState.STARTING, turn.now, repair.cause))
-        return
-    turn.count("resyncs")
-    turn.note("action", repair.cause, f"weights of {server.name} re-synced by the trainer")
-    if server.weight_version is None or turn.state.trainer.weight_version is None:
-        _serve(turn, server)
-
-
-def _resync_failed(turn: Turn, server: Server, repair: Repair, detail: str) -> None:
-    """A trainer that could not may be able to in a while: what it copies from or to can come back."""
-    failed = repair.resyncs_failed + 1
-    if failed >= RESYNC_TRIES or repair.stage is Stage.START:
-        give_up(turn, server, Reason.RESYNC_FAILED)
-        return
-    wait_s = turn.state.settings.backoff_first_s * 2 ** (failed - 1)
-    repair = replace(repair, resync_generation=None, resyncs_failed=failed, resync_again_at=turn.now + wait_s)
-    turn.put(replace(server, repair=repair))
-    turn.note(
-        "action",
-        repair.cause,
-        f"the trainer could not re-sync {server.name}: {detail}; again in {wait_s:g} s",
-    )
 
 
 def ticked(turn: Turn, server: Server) -> None:
@@ -272,52 +209,13 @@ def ticked(turn: Turn, server: Server) -> None:
                 _failed(turn, replace(server, longest_start_s=longest_s), Reason.START_FAILED)
         case Stage.CANARY:
             if repair.intent is None:
-                if _again(turn, repair):
+                if weights.again(turn, repair):
                     _canary(turn, server)
             elif waited_s > 2 * settings.canary_timeout_s:
                 _failed(turn, server, Reason.CANARY_FAILED)
         case Stage.WEIGHTS:
-            _weights_wait(turn, server, repair)
-
-
-def _again(turn: Turn, repair: Repair) -> bool:
-    """Whether what failed may be tried again now."""
-    return repair.again_at is None or turn.now >= repair.again_at
-
-
-def _weights_wait(turn: Turn, server: Server, repair: Repair) -> None:
-    """
-    Proving the weights takes its time, and no longer.
-
-    A trainer that was asked can answer in a guard call alone: one in a long step or rollout is told of to a
-    person, and not locked out for that.
-    """
-    settings, trainer = turn.state.settings, turn.state.trainer
-    nobody = trainer.alive is False or turn.state.mode is Mode.SHADOW
-    if repair.resync_generation is not None and nobody:
-        repair = replace(repair, resync_generation=None)
-        server = replace(server, repair=repair)
-        turn.put(server)
-    since = repair.since
-    if repair.resync_generation is not None and trainer.phase == "HELD":
-        since = max(since, trainer.phase_at or since)
-    late = turn.now - since > settings.resync_timeout_s
-    if late and turn.may_act(repair.cause):
-        if repair.resync_generation is None or trainer.phase == "HELD":
-            if repair.push_failed and not repair.resyncs_failed:
-                _failed(turn, server, Reason.WEIGHTS_UNPROVEN)  # it cannot load: a new process may
-            else:
-                give_up(turn, server, Reason.WEIGHTS_UNPROVEN)
-            return
-        if not repair.called:
-            turn.put(replace(server, repair=replace(repair, called=True)))
-            turn.note(
-                "call",
-                Reason.WEIGHTS_UNPROVEN,
-                f"{server.name} waits for a RESYNC; the trainer, in {trainer.phase}, asks for no order",
-            )
-    elif _again(turn, repair):
-        _weights(turn, server)
+            if weights.waited(turn, server, repair):
+                _failed(turn, server, Reason.WEIGHTS_UNPROVEN)
 
 
 def _died(turn: Turn, server: Server, reason: Reason) -> None:
@@ -475,7 +373,7 @@ def _canary_ended(turn: Turn, server: Server, repair: Repair, event: EffectEnded
     settings = turn.state.settings
     if event.ok:
         to = ServerState.STALE if server.state is not ServerState.PLANNED else server.state
-        _weights(turn, _begun(turn, server, repair.cause, Stage.WEIGHTS, to))
+        weights.prove(turn, _begun(turn, server, repair.cause, Stage.WEIGHTS, to))
         return
     if turn.now - repair.since < max(settings.canary_timeout_s, settings.kill_after_s):
         # Not yet lasting: a tick soon sends another.
@@ -493,78 +391,3 @@ def _failed(turn: Turn, server: Server, reason: Reason) -> None:
         restart(turn, replace(server, repair=None), reason)
     else:
         _enter(turn, replace(server, repair=None), reason, Stage.WATCH, ServerState.SUSPECT)
-
-
-def _weights(turn: Turn, server: Server) -> None:
-    """
-    Prove the served weights current, or make them so.
-
-    In this order: the version that the server offers, a push of the trainer's own weights from disk, a
-    RESYNC by the trainer. A run without any of them waits, and ends locked out: never on a guess.
-    """
-    repair, trainer, settings = server.repair, turn.state.trainer, turn.state.settings
-    assert repair is not None
-    if repair.intent is not None or repair.resync_generation is not None:
-        return
-    nobody = trainer.pid is None or trainer.alive is False
-    unannounced = repair.cause is Reason.SERVER_STARTING and trainer.weight_version is None
-    if settings.weights_fixed or nobody or unannounced:
-        _serve(turn, server)  # nobody holds other weights yet: the trainer pushes its own when it starts
-        return
-    known = server.weight_version is not None and trainer.weight_version is not None
-    if known and current(server.weight_version, trainer.weight_version, settings.max_staleness):
-        _serve(turn, server)
-        return
-    if turn.state.mode is Mode.SHADOW:
-        if not known:
-            _serve(turn, server)  # nothing more can be learned by looking on
-        return
-    push = settings.push_weights and trainer.weight_version is not None
-    if push and not (repair.push_failed and trainer.handles_resync) and _again(turn, repair):
-        assert trainer.weight_version is not None
-        intent = turn.intent("push")
-        turn.put(replace(server, repair=replace(repair, intent=intent, pushing=trainer.weight_version)))
-        turn.commands.append(PushWeights(intent=intent, server=server.name, version=trainer.weight_version))
-    elif trainer.handles_resync and (not push or repair.push_failed) and _may_resync(turn, repair):
-        generation = turn.state.gate.generation + 1
-        turn.put(replace(server, repair=replace(repair, resync_generation=generation)))
-
-
-def _may_resync(turn: Turn, repair: Repair) -> bool:
-    """Not before the probe that would show an acknowledged RESYNC, nor soon after a failed one."""
-    at, again_at = repair.resynced_at, repair.resync_again_at
-    shown = at is None or turn.now - at >= 3 * turn.state.settings.interval_s
-    return shown and (again_at is None or turn.now >= again_at)
-
-
-def _push_ended(turn: Turn, server: Server, repair: Repair, event: EffectEnded) -> None:
-    repair = replace(
-        repair,
-        intent=None,
-        changed=repair.changed or (event.ok and not event.needless),
-        push_failed=not event.ok,
-        again_at=None if event.ok else turn.now + turn.state.settings.interval_s,
-    )
-    server = replace(server, repair=repair)
-    turn.put(server)
-    if not event.ok:
-        if not repair.called:
-            turn.put(replace(server, repair=replace(repair, called=True)))
-            turn.note("call", repair.cause, f"weights of {server.name} could not be pushed: {event.detail}")
-    else:
-        turn.count("resyncs")
-        turn.note("action", repair.cause, f"weights of {server.name} pushed from disk: {event.detail}")
-        # The trainer may have gone on meanwhile, where other servers serve it: then these are old already.
-        _weights(turn, replace(server, weight_version=repair.pushing))
-
-
-def _serve(turn: Turn, server: Server) -> None:
-    """The repair is done."""
-    repair = server.repair
-    assert repair is not None
-    if repair.changed and turn.state.trip is not None:
-        turn.state = replace(turn.state, trip=replace(turn.state.trip, infra=True))
-    server = replace(server, repair=None, stale_probes=0, stopped=(), tokens_at=turn.now)
-    turn.put(server.move(ServerState.SERVING, turn.now, None))
-    if repair.restarts:
-        turn.note("action", repair.cause, f"{server.name} serves again, weights proven current")

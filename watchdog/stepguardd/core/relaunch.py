@@ -10,10 +10,11 @@ timeout; the budget, and three launches without a step committed between them, e
 
 from dataclasses import replace
 
-from . import budget, checkpoints, recovery
+from . import budget, checkpoints
 from .breaker import Phase
 from .commands import PrepareRollback, StartTrainer, StopTrainer
 from .events import EffectEnded, TrainerExited, TrainerLeft, TrainerSeen, TrainerTree
+from .giving_up import lock_out
 from .reasons import Reason
 from .state import Launch, Mode, Relaunch, Trainer
 from .turn import Turn
@@ -49,7 +50,7 @@ def begin(turn: Turn, cause: Reason, *, before_step: int | None = None) -> bool:
         trainer.budget, now=now, limit=settings.relaunch_budget, window_s=settings.relaunch_window_s
     )
     if left < 1 or trainer.launches_without_step >= settings.relaunches_without_step:
-        recovery.lock_out(turn, Reason.RELAUNCH_BUDGET_SPENT)
+        lock_out(turn, Reason.RELAUNCH_BUDGET_SPENT)
         return False
     intent = turn.intent("stop-trainer")
     turn.state = replace(
@@ -155,7 +156,7 @@ def effect_ended(turn: Turn, relaunch: Relaunch, event: EffectEnded) -> None:
             if not event.ok:
                 turn.state = replace(turn.state, relaunch=None)
                 turn.note("call", Reason.STOP_FAILED, f"the trainer would not end: {event.detail}")
-                recovery.lock_out(turn, Reason.STOP_FAILED)
+                lock_out(turn, Reason.STOP_FAILED)
                 return
             trainer = replace(turn.state.trainer, alive=False, procs=())
             waiting = replace(relaunch, stage=Launch.BACKOFF, since=turn.now, intent=None)
@@ -184,7 +185,7 @@ def ticked(turn: Turn) -> None:
         case Launch.STOP:
             if waited_s > 4 * settings.trainer_stop_timeout_s:
                 turn.state = replace(state, relaunch=None)
-                recovery.lock_out(turn, Reason.STOP_FAILED)
+                lock_out(turn, Reason.STOP_FAILED)
         case Launch.BACKOFF:
             if relaunch.first and all(server.usable for server in state.servers):
                 _start(turn, relaunch)
@@ -258,7 +259,7 @@ def _chosen(turn: Turn, relaunch: Relaunch, event: EffectEnded) -> None:
     if not event.ok:
         turn.state = replace(turn.state, relaunch=None)
         turn.note("call", Reason.NO_CHECKPOINT, f"no checkpoint to start the trainer from: {event.detail}")
-        recovery.lock_out(turn, Reason.NO_CHECKPOINT)
+        lock_out(turn, Reason.NO_CHECKPOINT)
         return
     if event.target_step is not None:
         checkpoints.set_aside(turn, event.target_step)

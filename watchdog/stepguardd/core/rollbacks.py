@@ -8,6 +8,7 @@ from .commands import PrepareRollback
 from .events import (
     EffectEnded,
 )
+from .giving_up import lock_out
 from .reasons import Reason
 from .state import (
     Mode,
@@ -58,7 +59,7 @@ def target_found(turn: Turn, rollback: Rollback, event: EffectEnded) -> None:
         turn.state = replace(turn.state, rollback=None)
         turn.note("call", Reason.NO_CHECKPOINT, f"no checkpoint to roll back to: {event.detail}")
         if rollback.reason is not Reason.OPERATOR_ROLLBACK:
-            recovery.lock_out(turn, Reason.NO_CHECKPOINT)
+            lock_out(turn, Reason.NO_CHECKPOINT)
         return
     checkpoints.set_aside(turn, event.target_step)
     turn.state = replace(
@@ -79,7 +80,7 @@ def rolled_back(turn: Turn, rollback: Rollback, ok: bool, detail: str) -> None:
     turn.state = replace(turn.state, rollback=None)
     if not ok:
         turn.note("call", Reason.ROLLBACK_FAILED, f"the trainer could not roll back: {detail}")
-        recovery.lock_out(turn, Reason.ROLLBACK_FAILED)
+        lock_out(turn, Reason.ROLLBACK_FAILED)
         return
     turn.count("rollbacks")
     turn.note("action", rollback.reason, f"rolled back to step {rollback.target_step}")

@@ -1,0 +1,168 @@
+"""The last stage of a server's repair: its weights are proven current, or made so, or it does not serve."""
+
+from dataclasses import replace
+
+from .commands import PushWeights
+from .events import EffectEnded, OrderAcknowledged
+from .fleet import current
+from .giving_up import give_up
+from .reasons import Reason
+from .state import Mode, Repair, Server, ServerState, Stage
+from .turn import Turn
+
+RESYNC_TRIES = 3
+
+
+def prove(turn: Turn, server: Server) -> None:
+    """
+    Prove the served weights current, or make them so.
+
+    In this order: the version that the server offers, a push of the trainer's own weights from disk, a
+    RESYNC by the trainer. A run without any of them waits, and ends locked out: never on a guess.
+    """
+    repair, trainer, settings = server.repair, turn.state.trainer, turn.state.settings
+    assert repair is not None
+    if repair.intent is not None or repair.resync_generation is not None:
+        return
+    nobody = trainer.pid is None or trainer.alive is False
+    unannounced = repair.cause is Reason.SERVER_STARTING and trainer.weight_version is None
+    if settings.weights_fixed or nobody or unannounced:
+        serve(turn, server)  # nobody holds other weights yet: the trainer pushes its own when it starts
+        return
+    known = server.weight_version is not None and trainer.weight_version is not None
+    if known and current(server.weight_version, trainer.weight_version, settings.max_staleness):
+        serve(turn, server)
+        return
+    if turn.state.mode is Mode.SHADOW:
+        if not known:
+            serve(turn, server)  # nothing more can be learned by looking on
+        return
+    push = settings.push_weights and trainer.weight_version is not None
+    if push and not (repair.push_failed and trainer.handles_resync) and again(turn, repair):
+        assert trainer.weight_version is not None
+        intent = turn.intent("push")
+        turn.put(replace(server, repair=replace(repair, intent=intent, pushing=trainer.weight_version)))
+        turn.commands.append(PushWeights(intent=intent, server=server.name, version=trainer.weight_version))
+    elif trainer.handles_resync and (not push or repair.push_failed) and _may_resync(turn, repair):
+        generation = turn.state.gate.generation + 1
+        turn.put(replace(server, repair=replace(repair, resync_generation=generation)))
+
+
+def again(turn: Turn, repair: Repair) -> bool:
+    """Whether what failed may be tried again now."""
+    return repair.again_at is None or turn.now >= repair.again_at
+
+
+def _may_resync(turn: Turn, repair: Repair) -> bool:
+    """Not before the probe that would show an acknowledged RESYNC, nor soon after a failed one."""
+    at, again_at = repair.resynced_at, repair.resync_again_at
+    shown = at is None or turn.now - at >= 3 * turn.state.settings.interval_s
+    return shown and (again_at is None or turn.now >= again_at)
+
+
+def acknowledged(turn: Turn, server: Server, event: OrderAcknowledged) -> None:
+    """The trainer answered a RESYNC: where a version is offered, the next probe has the last word."""
+    repair = server.repair
+    if repair is None or repair.resync_generation is None or event.generation < repair.resync_generation:
+        return
+    if event.order != "RESYNC":
+        return
+    if not event.ok:
+        _resync_failed(turn, server, repair, event.detail)
+        return
+    repair = replace(repair, resync_generation=None, changed=True, resynced_at=turn.now)
+    server = replace(server, repair=repair)
+    turn.put(server)
+    if repair.stage is Stage.START:  # the trainer made it anew; whether it serves, the probes will tell
+        server = replace(server, repair=replace(repair, stage=Stage.READY, since=turn.now))
+        turn.put(server.move(ServerState.STARTING, turn.now, repair.cause))
+        return
+    turn.count("resyncs")
+    turn.note("action", repair.cause, f"weights of {server.name} re-synced by the trainer")
+    if server.weight_version is None or turn.state.trainer.weight_version is None:
+        serve(turn, server)
+
+
+def _resync_failed(turn: Turn, server: Server, repair: Repair, detail: str) -> None:
+    """A trainer that could not may be able to in a while: what it copies from or to can come back."""
+    failed = repair.resyncs_failed + 1
+    if failed >= RESYNC_TRIES or repair.stage is Stage.START:
+        give_up(turn, server, Reason.RESYNC_FAILED)
+        return
+    wait_s = turn.state.settings.backoff_first_s * 2 ** (failed - 1)
+    repair = replace(repair, resync_generation=None, resyncs_failed=failed, resync_again_at=turn.now + wait_s)
+    turn.put(replace(server, repair=repair))
+    turn.note(
+        "action",
+        repair.cause,
+        f"the trainer could not re-sync {server.name}: {detail}; again in {wait_s:g} s",
+    )
+
+
+def push_ended(turn: Turn, server: Server, repair: Repair, event: EffectEnded) -> None:
+    """A push that the server confirms is proof; one that failed is tried again, or left to the trainer."""
+    repair = replace(
+        repair,
+        intent=None,
+        changed=repair.changed or (event.ok and not event.needless),
+        push_failed=not event.ok,
+        again_at=None if event.ok else turn.now + turn.state.settings.interval_s,
+    )
+    server = replace(server, repair=repair)
+    turn.put(server)
+    if not event.ok:
+        if not repair.called:
+            turn.put(replace(server, repair=replace(repair, called=True)))
+            turn.note("call", repair.cause, f"weights of {server.name} could not be pushed: {event.detail}")
+    else:
+        turn.count("resyncs")
+        turn.note("action", repair.cause, f"weights of {server.name} pushed from disk: {event.detail}")
+        # The trainer may have gone on meanwhile, where other servers serve it: then these are old already.
+        prove(turn, replace(server, weight_version=repair.pushing))
+
+
+def waited(turn: Turn, server: Server, repair: Repair) -> bool:
+    """
+    Proving the weights takes its time, and no longer: whether a new process is to be tried.
+
+    A trainer that was asked can answer in a guard call alone: one in a long step or rollout is told of to a
+    person, and not locked out for that.
+    """
+    settings, trainer = turn.state.settings, turn.state.trainer
+    nobody = trainer.alive is False or turn.state.mode is Mode.SHADOW
+    if repair.resync_generation is not None and nobody:
+        repair = replace(repair, resync_generation=None)
+        server = replace(server, repair=repair)
+        turn.put(server)
+    since = repair.since
+    if repair.resync_generation is not None and trainer.phase == "HELD":
+        since = max(since, trainer.phase_at or since)
+    late = turn.now - since > settings.resync_timeout_s
+    if late and turn.may_act(repair.cause):
+        if repair.resync_generation is None or trainer.phase == "HELD":
+            if repair.push_failed and not repair.resyncs_failed:
+                return True  # it cannot load: a new process may
+            give_up(turn, server, Reason.WEIGHTS_UNPROVEN)
+            return False
+        if not repair.called:
+            turn.put(replace(server, repair=replace(repair, called=True)))
+            turn.note(
+                "call",
+                Reason.WEIGHTS_UNPROVEN,
+                f"{server.name} waits for a RESYNC; the trainer, in {trainer.phase}, asks for no order",
+            )
+    elif again(turn, repair):
+        prove(turn, server)
+    return False
+
+
+def serve(turn: Turn, server: Server) -> None:
+    """The repair is done."""
+    repair = server.repair
+    assert repair is not None
+    if repair.changed and turn.state.trip is not None:
+        turn.state = replace(turn.state, trip=replace(turn.state.trip, infra=True))
+    server = replace(server, repair=None, stale_probes=0, stopped=(), tokens_at=turn.now)
+    turn.put(server.move(ServerState.SERVING, turn.now, None))
+    if repair.restarts:
+        turn.note("action", repair.cause, f"{server.name} serves again, weights proven current")
