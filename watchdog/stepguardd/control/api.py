@@ -11,9 +11,10 @@ import pwd
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from fastapi.security import HTTPBearer
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 from starlette.exceptions import HTTPException
 
 from stepguard import __version__
@@ -38,13 +39,18 @@ class Wish(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    why: Annotated[str, StringConstraints(max_length=500, strip_whitespace=True)] = ""
+    why: Annotated[str, StringConstraints(max_length=500), AfterValidator(str.strip)] = ""
+
+
+def _whole(value: object) -> object:
+    """JSON has one kind of number: 188.0 is the step 188."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class RollbackWish(Wish):
     """Back to the newest good checkpoint before this step; without one, before the incident's onset."""
 
-    before_step: Annotated[int, Field(ge=0, le=10**12)] | None = None
+    before_step: Annotated[Annotated[int, Field(ge=0, le=10**12)] | None, BeforeValidator(_whole)] = None
 
 
 class RestartWish(Wish):
@@ -76,6 +82,16 @@ class Accepted(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
+
+# Only for the description of the API: who holds a token is asked at the door (`web.doors`).
+TOKEN_NEEDED = [
+    Security(
+        HTTPBearer(
+            auto_error=False,
+            description="The run's token, or a session of its page. The control socket needs neither.",
+        )
+    )
+]
 
 _TROUBLE: dict[int | str, dict[str, Any]] = {
     code: {"model": Trouble, "description": words}
@@ -162,32 +178,32 @@ def _add_wishes(app: FastAPI, daemon: Daemon, ask_timeout_s: float) -> None:
 
     accepted: dict[int | str, dict[str, Any]] = {200: {"model": Accepted}}
 
-    @app.post("/api/v1/pause", responses=accepted)
+    @app.post("/api/v1/pause", responses=accepted, dependencies=TOKEN_NEEDED)
     async def pause(request: Request, wish: Wish) -> Response:
         """Hold the trainer before its next optimizer step."""
         return await ask(request, "pause", wish)
 
-    @app.post("/api/v1/resume", responses=accepted)
+    @app.post("/api/v1/resume", responses=accepted, dependencies=TOKEN_NEEDED)
     async def resume(request: Request, wish: Wish) -> Response:
         """Let go of whatever holds the trainer."""
         return await ask(request, "resume", wish)
 
-    @app.post("/api/v1/rollback", responses=accepted)
+    @app.post("/api/v1/rollback", responses=accepted, dependencies=TOKEN_NEEDED)
     async def rollback(request: Request, wish: RollbackWish) -> Response:
         """Go back to the newest good checkpoint before a step."""
         return await ask(request, "rollback", wish)
 
-    @app.post("/api/v1/restart-server", responses=accepted)
+    @app.post("/api/v1/restart-server", responses=accepted, dependencies=TOKEN_NEEDED)
     async def restart_server(request: Request, wish: RestartWish) -> Response:
         """Restart a server, and renew its weights."""
         return await ask(request, "restart-server", wish)
 
-    @app.post("/api/v1/ack", responses=accepted)
+    @app.post("/api/v1/ack", responses=accepted, dependencies=TOKEN_NEEDED)
     async def ack(request: Request, wish: AckWish) -> Response:
         """Say that an incident is known."""
         return await ask(request, "ack", wish)
 
-    @app.post("/api/v1/mode", responses=accepted)
+    @app.post("/api/v1/mode", responses=accepted, dependencies=TOKEN_NEEDED)
     async def mode(request: Request, wish: ModeWish) -> Response:
         """Set how far the daemon may go by itself."""
         return await ask(request, "mode", wish)
@@ -210,7 +226,8 @@ def caller(scope: Mapping[str, Any]) -> str:
 async def _say_http_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
-    return reply_json({"error": f"{request.method} {request.url.path}: {error.detail}"}, error.status_code)
+    words = f"{request.method} {request.url.path}: {error.detail}"
+    return reply_json({"error": words}, error.status_code, error.headers)  # with Allow, where it has one
 
 
 async def _say_invalid(_request: Request, error: Exception) -> Response:
