@@ -1,8 +1,8 @@
 """
 The frameworks' own source text, parsed and not run.
 
-Each framework needs GPUs or a hundred packages to be imported. `tools/frameworks/get.sh` puts their newest
-releases (from PyPI), or a checkout where there is no release, into `.frameworks/`; what is missing there is
+Each framework needs GPUs or a hundred packages to be imported. `tools/frameworks/get.sh` puts releases of
+them (from PyPI), or a checkout where there is no release, into `.frameworks/`; what is missing there is
 skipped with its reason, or fails where STEPGUARD_REQUIRE names it.
 """
 

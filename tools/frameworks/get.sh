@@ -1,27 +1,33 @@
 #!/usr/bin/env bash
 # The frameworks' own source, for the tests in tests/frameworks to be held against: into .frameworks/<name>.
-#   tools/frameworks/get.sh            the newest releases on PyPI of those that are there, and what their base classes
-#                                      import: nothing is installed into .venv
-#   tools/frameworks/get.sh checkouts  also slime, miles and prime-rl, which have none: from GitHub, or from
+#   tools/frameworks/get.sh            the releases of tools/frameworks/versions.txt, from PyPI, and what their base
+#                                      classes import (needs.txt): nothing is installed into .venv
+#   tools/frameworks/get.sh newest     today's newest releases of the same: then run tests/frameworks, and when they
+#                                      are green write what it printed into versions.txt
+#   tools/frameworks/get.sh checkouts  also slime, miles and prime-rl, which have no release: from GitHub, or from
 #                                      $FRAMEWORK_SOURCES/<name>, a git repository, where that is set
+# CI takes the releases that are written down, so that it is not another project's release that turns it red.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+which=${1:-}
+case $which in "" | newest | checkouts) ;; *) echo "get.sh: $which: nothing, newest or checkouts" >&2 && exit 2 ;; esac
 python=.venv/bin/python
+tools=tools/frameworks
 mkdir -p .frameworks
-for name in verl areal skyrl openrlhf; do
+while read -r release; do
+  name=${release%%==*}
+  [ "$which" != newest ] || release=$name
   rm -rf ".frameworks/$name" .frameworks/wheel
-  "$python" -m pip download --quiet --no-deps --only-binary :all: --dest .frameworks/wheel "$name"
+  "$python" -m pip download --quiet --no-deps --only-binary :all: --dest .frameworks/wheel "$release"
   wheel=$(echo .frameworks/wheel/*.whl)
   "$python" -m zipfile -e "$wheel" ".frameworks/$name"
   basename "$wheel" | cut -d- -f2 >".frameworks/$name/VERSION"
-done
+  echo "$name $(cat ".frameworks/$name/VERSION")"
+done < <(grep -v '^#' "$tools/versions.txt")
 rm -rf .frameworks/wheel .frameworks/needs
 # What has to be there to import their base classes without a GPU; torch and ray are in .venv.
-"$python" -m pip install --quiet --no-deps --target .frameworks/needs \
-  aiofiles antlr4-python3-runtime==4.9.3 blinker cachetools cloudpickle codetiming colorlog einops flask hydra-core \
-  importlib_metadata itsdangerous jiter lark llvmlite loguru msgspec numba omegaconf openai orjson peft pillow pylatexenc \
-  pyvers pyzmq skyrl_gym sortedcontainers tenacity tensordict torchdata TransferQueue uvloop werkzeug zipp
-[ "${1:-}" = checkouts ] || exit 0
+"$python" -m pip install --quiet --no-deps --target .frameworks/needs -r "$tools/needs.txt"
+[ "$which" = checkouts ] || exit 0
 for repository in THUDM/slime radixark/miles PrimeIntellect-ai/prime-rl; do
   name=${repository#*/}
   rm -rf ".frameworks/$name" .frameworks/clone
