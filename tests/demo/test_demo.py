@@ -91,6 +91,14 @@ def test_one_raising_trajectory_is_masked_and_ends_the_unguarded_run(tmp_path: P
     assert unguarded["steps"] < 50
 
 
+def test_a_call_that_never_returns_costs_one_rollout(tmp_path: Path) -> None:
+    """Incident C: one worker process stands still. Awaited without a bound, it would be the run's end."""
+    guarded = run_demo(tmp_path / "actor", "--fault", "actor", "--steps", "40")["guarded"]
+    trainer = (tmp_path / "actor/guarded/trainer.log").read_text()
+    assert trainer.count("gave no grade: no answer within 2 s, killed") == 1, "no call hung"
+    assert (guarded["garbage_steps"], guarded["holds"], guarded["steps"]) == (0, 0, 40)
+
+
 def test_a_killed_trainer_is_relaunched_from_what_is_proven_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
     """Incident C's end: the job is gone. The steps that it takes again are those that it took before."""
     found = run_demo(tmp_path / "trainer", "--fault", "trainer", "--steps", "50")

@@ -50,6 +50,8 @@ class TrainConfig:
     wandb: bool = True
     resume: bool = True  # from the newest complete checkpoint in run_root, where there is one
     request_timeout_s: float = 10.0
+    graders: int = 0  # processes that grade the rollouts, as actors would; 0: the trainer itself does
+    grade_timeout_s: float = 2.0  # of one grade, with a guard
     server_wait_s: float = 60.0  # how long to wait for the server at the start
     min_step_s: float = 0.0  # steps that are quicker wait; for watching
     raise_in_rollout: int | None = None  # at this step one trajectory of the batch raises, once
@@ -92,6 +94,8 @@ def parse_arguments(arguments: list[str] | None = None) -> TrainConfig:
     add("--wandb", action=argparse.BooleanOptionalAction, default=True, help="default: on, offline")
     add("--resume", action=argparse.BooleanOptionalAction, default=True, help="default: from run-root")
     add("--request-timeout-s", type=float, default=_default("request-timeout-s"), metavar="S")
+    add("--graders", type=int, default=_default("graders"), metavar="N", help="default: none, graded here")
+    add("--grade-timeout-s", type=float, default=_default("grade-timeout-s"), metavar="S")
     add("--server-wait-s", type=float, default=_default("server-wait-s"), metavar="S")
     add("--min-step-s", type=float, default=0.0, metavar="S", help="slow quick steps down to this")
     add("--raise-in-rollout", type=int, default=None, metavar="STEP", help="fault: one trajectory raises")

@@ -8,10 +8,12 @@ the step number and a batch can be drawn again, after a refusal or a resume, exa
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+from stepguard_grpo.grading import score
 from stepguard_grpo.model import BOS, SEP
+
+__all__ = ["DIGITS", "MAX_NEW_TOKENS", "Request", "batch", "score"]
 
 DIGITS = 4
 MAX_NEW_TOKENS = DIGITS
@@ -46,8 +48,3 @@ def batch(*, seed: int, step: int, groups: int, group_size: int) -> list[Request
                 )
             )
     return requests
-
-
-def score(output_ids: Sequence[int], target: Sequence[int]) -> float:
-    """The share of target tokens written in their place, 0.0 to 1.0."""
-    return sum(got == wanted for got, wanted in zip(output_ids, target, strict=False)) / len(target)

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ import torch
 
 from stepguard_grpo import checkpoint, ground_truth, grpo, task
 from stepguard_grpo.config import Failures, TrainConfig, WeightSyncMode, parse_arguments
+from stepguard_grpo.grading import Graders
 from stepguard_grpo.ground_truth import TruthRecord
 from stepguard_grpo.model import EOS, load_policy, write_base_model
 from stepguard_grpo.rollout import HttpSampler, Rollout, RolloutError, Sampler
@@ -132,6 +133,9 @@ class Run:
         self.learner = _new_learner(config, self._base)
         self.client = ServerClient(config.server_url, timeout_s=config.request_timeout_s)
         self.sampler = sampler or HttpSampler(config.server_url, timeout_s=config.request_timeout_s)
+        self.graders = (
+            Graders(config.graders, guard=guard, timeout_s=config.grade_timeout_s) if config.graders else None
+        )
         self.sync = sync or _new_sync(config, self.client)
         self.external = sync is None
         self.step = 0
@@ -156,6 +160,8 @@ class Run:
                 try:
                     outcome = self._train(runner, tracker)
                 finally:
+                    if self.graders is not None:
+                        runner.run(self.graders.close())
                     runner.run(self.sampler.aclose())
         except Exception as caught:  # the border of the run: its end is the record
             log.exception("the run died at step %d", self.step + 1)
@@ -265,6 +271,8 @@ class Run:
 
     async def _trajectory(self, request: Request, step: int) -> Rollout:
         rollout = await self.sampler(request)
+        if self.graders is not None:
+            rollout = replace(rollout, reward=await self.graders.grade(rollout.output_ids, request.target))
         if step == self.config.raise_in_rollout and request.index == 0 and not self.raised:
             self.raised = True
             raise ValueError(f"trajectory {request.index} of step {step}: made to fail")

@@ -35,6 +35,7 @@ from .faults import (
     PauseMode,
     Scenario,
     continue_generation,
+    grader_of,
     load_weights,
     pause_generation,
     strike,
@@ -47,6 +48,8 @@ from .supervisor import Supervisor
 POLL_S: Final = 0.1
 END_TIMEOUT_S: Final = 15.0
 UNGUARDED_AFTER_FAULT_S: Final = 60.0
+STOOD_STILL_S: Final = 20.0
+GRADERS: Final = 4
 _INSIDE_FLAGS: Final = {
     Fault.TRAJECTORY: "--raise-in-rollout",
     Fault.NAN: "--nan-at",
@@ -154,6 +157,8 @@ class Arena:
         self._server_pid: int | None = None
         self._relapsed = False
         self._shortage: Shortage | None = None
+        self._committed, self._committed_at = 0, 0.0
+        self._stood_still = False
         self._seen_actions = 0
         self._seen_incident: object = None
 
@@ -223,6 +228,8 @@ class Arena:
         command += ["--guard" if plan.guarded else "--no-guard"]
         if scenario.fault is Fault.HANG:
             command += ["--request-timeout-s", "5"]
+        if scenario.fault is Fault.ACTOR:
+            command += ["--graders", str(GRADERS)]
         if scenario.fault is Fault.PAUSE:
             command += ["--request-timeout-s", str(4 * PAUSE_S)]
         flag = _INSIDE_FLAGS.get(scenario.fault)
@@ -394,7 +401,7 @@ class Arena:
         if not self._due(progress, step):
             return
         pid = self._server_pid if self._supervisor is None else self._supervisor.pid
-        if fault is Fault.TRAINER:
+        if fault in {Fault.TRAINER, Fault.ACTOR}:
             pid = self._trainer_pid if self._trainer is None else self._trainer.pid
         if pid is None:
             return
@@ -410,12 +417,22 @@ class Arena:
             progress.struck_at = load_weights(self.url, self.run_root / "base", "base")
             if progress.struck_at is None:
                 return  # between two rollouts: another look finds some
+        elif fault is Fault.ACTOR:
+            progress.struck_at = self._stop_grader(pid)
         else:
             progress.struck_at = strike(fault, pid)
         progress.fault_step = step
         progress.events.append(f"fault: {self._scenario.story}, after step {step}")
         if self._shortage is not None:
             progress.events.append(f"that is {self._shortage.kind}")
+
+    def _stop_grader(self, trainer: int) -> float:
+        """Stop one of the processes that grade; whoever leaves it stopped, it ends with the demo."""
+        grader = os.pidfd_open(grader_of(trainer))
+        self._stack.callback(_kill, grader)
+        at = time.monotonic()
+        signal.pidfd_send_signal(grader, signal.SIGSTOP)
+        return at
 
     def _maybe_continue(self, progress: Progress) -> None:
         """End the pause when its time has come."""
@@ -444,14 +461,19 @@ class Arena:
 
     def long_enough(self, progress: Progress) -> bool:
         """
-        What would never end by itself: a run that is locked out, and an unguarded one whose server hangs.
+        What would never end by itself: a run that is locked out, and an unguarded one that hangs.
 
-        A minute of the latter shows what there is to see.
+        A minute of the latter, or less without a single step, shows what there is to see.
         """
         if self._plan.guarded:
             return (progress.status.get("breaker") or {}).get("phase") == "locked_out"
         if progress.struck_at is None:
             return False
+        if len(progress.records) != self._committed:
+            self._committed, self._committed_at = len(progress.records), time.monotonic()
+        elif time.monotonic() - self._committed_at > STOOD_STILL_S:
+            self._stood_still = True
+            return True
         return time.monotonic() - progress.struck_at > UNGUARDED_AFTER_FAULT_S
 
     def settle(
@@ -466,6 +488,8 @@ class Arena:
         """The error that ended the trainer; None when it ended by itself or was cut short by the demo."""
         if self._trainer is None:
             return None if self._finished() else f"see {self.root / 'trainer.log'}"
+        if self._stood_still:
+            return "it stands still, and would for ever: the demo ended it"
         code = self._trainer.poll()
         if code in {None, 0}:
             return None
@@ -497,6 +521,12 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             child.kill()
     child.wait(END_TIMEOUT_S)
+
+
+def _kill(pidfd: int) -> None:
+    with suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    os.close(pidfd)
 
 
 def _free_port() -> int:

@@ -8,6 +8,7 @@ same clock that the daemon uses.
 import os
 import signal
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -36,6 +37,7 @@ class Fault(StrEnum):
     WEIGHTS = "weights"
     PAUSE = "pause"
     TRAINER = "trainer"
+    ACTOR = "actor"
     NAN = "nan"
     POLICY = "policy"
     RELAPSE = "relapse"
@@ -159,6 +161,13 @@ SCENARIOS: dict[Fault, Scenario] = {
         holds=1,
         relaunches=1,
     ),
+    Fault.ACTOR: Scenario(
+        fault=Fault.ACTOR,
+        story="SIGSTOP to one of the worker processes that grade: a call that hangs",
+        expected="its rollout is masked, the worker killed and replaced, no hold",
+        restarts=0,
+        holds=0,
+    ),
     Fault.NAN: Scenario(
         fault=Fault.NAN,
         story="one optimizer step with a loss that is NaN",
@@ -219,10 +228,10 @@ def strike(fault: Fault, pid: int) -> float | None:
         The moment, in monotonic seconds; None when this fault is not done to a process.
 
     Raises:
-        ProcessLookupError: the server has no such process to strike.
+        ProcessLookupError: there is no such process to strike.
 
     """
-    if fault is Fault.NONE or fault in _CALLS | INSIDE_THE_TRAINER:
+    if fault in {Fault.NONE, Fault.ACTOR} or fault in _CALLS | INSIDE_THE_TRAINER:
         return None
     if fault is Fault.TRAINER:
         at = clock.monotonic()
@@ -236,6 +245,21 @@ def strike(fault: Fault, pid: int) -> float | None:
     at = clock.monotonic()
     os.kill(struck[0].pid, what)
     return at
+
+
+def grader_of(trainer: int) -> int:
+    """
+    The pid of a worker process that grades for this trainer.
+
+    Raises:
+        ProcessLookupError: it has none.
+
+    """
+    for known in proc.tree(trainer):
+        with suppress(OSError):
+            if b"stepguard_grpo.grading" in Path(f"/proc/{known.pid}/cmdline").read_bytes():
+                return known.pid
+    raise ProcessLookupError(f"the trainer (pid {trainer}) has no worker process that grades")
 
 
 def pause_generation(url: str, mode: str) -> float:

@@ -25,7 +25,8 @@ class Figures:
         relaunches: of the trainer, by Stepguard.
         detect_s: from the blow to the hold on the page; None without either.
         recover_s: from the hold to the trainer's going on.
-        lost_s: time that brought no good step: the pause at the fault, or the garbage after it.
+        lost_s: time that brought no good step: the pause at the fault, or the garbage after it; None where
+            the run never went on.
         died: how the run ended, when it did not end by itself.
 
     """
@@ -76,7 +77,7 @@ def figures(
         relaunches=sum(_count(incident, "relaunches") for incident in incidents),
         detect_s=None if opened is None or struck_at is None else round(opened - struck_at, 4),
         recover_s=None if opened is None or resumed is None else round(resumed - opened, 3),
-        lost_s=_lost_s(records, fault_step),
+        lost_s=None if died is not None else _lost_s(records, fault_step),
         died=died,
     )
 
