@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,8 @@ from daemon_parts.small_run import SmallRun, small_run, training
 from stepguardd import proc
 from stepguardd.core.events import Proc
 from stepguardd.drill import DrillFault, _struck
+
+NIGHTLY = Path(__file__).parents[2] / "docs/deploy/examples/nightly-drill.sh"
 
 
 def drill(config: Path, *options: str, timeout_s: float = 150) -> subprocess.CompletedProcess[str]:
@@ -75,13 +78,12 @@ def test_whoever_was_stopped_goes_on_after_a_drill_that_is_broken_off(sleeper: P
 
 @pytest.mark.e2e
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("fault", ["kill", "hang", "parent"])
-def test_a_drill_measures_a_real_fault(fault: str, tmp_path: Path, base_model: Path) -> None:
+def test_a_drill_measures_a_real_fault(tmp_path: Path, base_model: Path) -> None:
     with small_run(tmp_path, base_model, push=True) as run:
         allow(run)
         run.daemon()
         run.until(run.serving, "the first start")
-        done = drill(run.config, "--fault", fault)
+        done = drill(run.config, "--fault", "parent")
         assert (done.returncode, done.stdout) == (1, "")
         assert "no trainer is under way" in done.stderr
         with training(run) as trainer:
@@ -91,15 +93,50 @@ def test_a_drill_measures_a_real_fault(fault: str, tmp_path: Path, base_model: P
             done = drill(run.config, "--fault", "detokenizer", "--json")
             assert (done.returncode, done.stdout) == (1, "")
             assert "has no detokenizer process here" in done.stderr
-            done = drill(run.config, "--fault", fault, "--json", "--timeout-s", "120")
+            done = drill(run.config, "--fault", "parent", "--json", "--timeout-s", "120")
             card = json.loads(done.stdout)
             assert (done.returncode, card["passed"], card["why"]) == (0, True, ""), (card, run.story())
             assert trainer.committed > struck
             assert trainer.garbage == 0
         incident = run.status()["last_incident"]
-    # The fault fired: it is this incident's, opened after the strike, and the times are in their order.
-    assert (card["incident"], card["cause"]) == (incident["id"], incident["cause"])
-    assert (card["server"], card["role"]) == ("server", "server" if fault == "parent" else "scheduler")
-    assert card["restarts"] == incident["restarts"] == (0 if fault == "hang" else 1)
+    measured(card, "parent", incident["id"])
+    assert (card["cause"], card["restarts"]) == (incident["cause"], incident["restarts"])
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(240)
+def test_the_nightly_example_drills_a_run_and_keeps_a_scorecard_of_each_kind(
+    tmp_path: Path, base_model: Path
+) -> None:
+    """The script as it is in the documentation, on a run that trains."""
+    cards = tmp_path / "drills.jsonl"
+    with small_run(tmp_path / "run", base_model, push=True) as run:
+        allow(run)
+        run.daemon()
+        run.until(run.serving, "the first start")
+        with training(run) as trainer:
+            run.until(lambda: trainer.committed >= 2, "two steps")
+            done = subprocess.run(
+                ["bash", NIGHTLY, run.config, cards],
+                env=os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+                capture_output=True,
+                text=True,
+                timeout=200,
+                check=False,
+            )
+            assert done.returncode == 0, (done.stderr, run.story())
+            assert trainer.garbage == 0
+    kept = [json.loads(line) for line in cards.read_text().splitlines()]
+    assert [card["passed"] for card in kept] == [True, True]
+    for number, (card, fault) in enumerate(zip(kept, ("kill", "hang"), strict=True), 1):
+        measured(card, fault, number)
+
+
+def measured(card: dict[str, Any], fault: str, incident: int) -> None:
+    """The fault fired: the incident is its own, opened after the strike, and the times are in their order."""
+    role = "server" if fault == "parent" else "scheduler"
+    assert (card["fault"], card["server"], card["role"]) == (fault, "server", role)
+    assert card["incident"] == incident
+    assert card["restarts"] == (0 if fault == "hang" else 1)
     assert 0 < card["detect_s"] < card["detect_s"] + card["hold_s"] <= card["recover_s"]
     assert card["garbage_steps"] == 0
