@@ -466,12 +466,12 @@ def test_a_process_stopped_for_one_sample_is_nobodys_business() -> None:
     assert world.orders() == ["GO"]
 
 
-def test_no_token_and_no_cpu_is_a_deadlock_after_ten_seconds() -> None:
+def test_no_token_and_no_cpu_is_a_deadlock_within_ten_seconds() -> None:
     world = World()
     world.fake.frozen, world.fake.busy = True, False
     at = world.now
     world.run(60, until=lambda: world.order == "HOLD")
-    assert 10 <= world.now - at <= 13
+    assert 8 <= world.now - at <= 10
     assert world.gate.reason == "server_hung"
 
 
@@ -482,7 +482,7 @@ def test_a_parent_that_answers_probes_does_not_hide_a_deadlock() -> None:
     while world.order == "GO" and world.now - at < 60:
         world.fake.cpu_s += 0.01 * 0.25  # a hundredth of a core
         world.run(0.25)
-    assert world.now - at <= 13
+    assert world.now - at <= 10
     assert world.gate.reason == "server_hung"
 
 
@@ -491,7 +491,7 @@ def test_no_token_with_a_busy_cpu_may_be_a_long_prefill_and_takes_longer() -> No
     world.fake.frozen = True
     at = world.now
     world.run(100, until=lambda: world.order == "HOLD")
-    assert 44 <= world.now - at <= 48
+    assert 40 <= world.now - at <= 45
     assert world.gate.reason == "server_spinning"
 
 
@@ -529,7 +529,7 @@ def test_three_failed_probes_hold_and_an_answer_lets_go_without_a_restart() -> N
 
 def test_a_paused_server_is_neither_held_for_nor_killed_before_its_lease_ends() -> None:
     world = World(settings=replace(PUSH, planned_lease_s=600.0))
-    world.fake.paused, world.fake.frozen, world.fake.busy = True, True, False
+    world.fake.paused, world.fake.running, world.fake.busy = True, 8, False
     world.run(590)
     assert world.server().state is ServerState.PLANNED
     assert world.orders() == ["GO"]

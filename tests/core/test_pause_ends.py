@@ -7,7 +7,7 @@ from stepguardd.testing import World
 
 def test_requests_that_waited_through_a_pause_are_no_hang_when_it_ends() -> None:
     world = World()
-    world.fake.paused, world.fake.frozen, world.fake.busy = True, True, False
+    world.fake.paused, world.fake.running, world.fake.busy = True, 8, False
     world.run(30)
     tokens = world.server().tokens
     continued = ServerProbed(

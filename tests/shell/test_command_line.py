@@ -155,6 +155,8 @@ def test_status_of_a_held_run_is_bad_news(
         (["resume"], ("resume", {})),
         (["rollback", "--yes"], ("rollback", {"before_step": None})),
         (["rollback", "--yes", "--before-step", "188"], ("rollback", {"before_step": 188})),
+        (["plan-server"], ("plan-server", {"server": None, "for_s": 600.0})),
+        (["plan-server", "sglang", "--for", "0"], ("plan-server", {"server": "sglang", "for_s": 0.0})),
         (["restart-server", "-y"], ("restart-server", {"server": None})),
         (["restart-server", "sglang", "-y"], ("restart-server", {"server": "sglang"})),
         (["ack"], ("ack", {"incident": None})),

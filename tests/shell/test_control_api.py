@@ -59,6 +59,7 @@ def test_the_status_is_what_the_daemon_says_with_null_for_what_json_lacks(tmp_pa
         ("rollback", {"before_step": 188}, {"before_step": 188}),
         ("rollback", {}, {"before_step": None}),
         ("restart-server", {"server": "sglang"}, {"server": "sglang"}),
+        ("plan-server", {"server": "s", "for_s": 60}, {"server": "s", "for_s": 60.0}),
         ("ack", {"incident": "i-1"}, {"incident": "i-1"}),
         ("mode", {"mode": "hold"}, {"mode": "hold"}),
     ],
@@ -97,6 +98,9 @@ def test_a_refusal_keeps_its_words(tmp_path: Path) -> None:
         ("mode", {}, "mode: Field required"),
         ("mode", {"mode": "yolo"}, "mode: "),
         ("restart-server", {"server": ["a"]}, "server: "),
+        ("plan-server", {}, "for_s: Field required"),
+        ("plan-server", {"for_s": 90_000}, "for_s: "),
+        ("plan-server", {"for_s": -1}, "for_s: "),
         ("pause", [], "the request's body: "),
     ],
 )

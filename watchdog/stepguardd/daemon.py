@@ -385,6 +385,7 @@ class Daemon:
         ]
         for server in self._servers.values():
             work.append(server.probe())
+            work.append(server.ask())
             work.append(server.keep_looking())
             work.append(_every(self.config.probe.stopped_after_s, server.processes.sample))
         if self._stream is not None:
@@ -473,6 +474,7 @@ class Daemon:
             before_step=_whole(args.get("before_step")),
             mode=_text(args.get("mode")),
             incident=incident_number(args.get("incident")),
+            for_s=_number(args.get("for_s")),
         )
         refuse_nonsense(self.state, request)
         self.feed(request)
@@ -491,6 +493,10 @@ async def _every(interval_s: float, work: Callable[[], None]) -> None:
 
 def _text(value: object) -> str | None:
     return value if isinstance(value, str) else None
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _whole(value: object) -> int | None:

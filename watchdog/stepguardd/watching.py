@@ -28,6 +28,7 @@ class WatchedServer:
         default_log = config.run.state_dir / "servers" / f"{self.settings.name}.log"
         self.log = self.settings.log or default_log
         self.backend = backend(identity(config), self.settings, self.log)
+        self._names = sglang.Names()
         self.http = sglang.client(self.settings.url, config.probe.timeout_s)
         self.processes = ServerProcesses(self.settings.name, self.backend.find, emit)
         self.changing = asyncio.Lock()
@@ -68,9 +69,49 @@ class WatchedServer:
         name, settings = self.settings.name, self._probe_settings
         while True:
             self._emit(
-                await sglang.probe(self.http, name, timeout_s=settings.timeout_s, scraped=self._keep_scrape)
+                await sglang.probe(
+                    self.http,
+                    name,
+                    timeout_s=settings.timeout_s,
+                    names=self._names,
+                    scraped=self._keep_scrape,
+                )
             )
             await asyncio.sleep(REPAIR_INTERVAL_S if self._repairing() else settings.interval_s)
+
+    async def ask(self) -> None:
+        """Ask what the core wants asked: the scheduler, or for a token; one of each. Ends by cancellation."""
+        name, settings = self.settings.name, self._probe_settings
+        token: asyncio.Task[None] | None = None
+        try:
+            while True:
+                await asyncio.sleep(settings.interval_s)
+                server = self._now()
+                wanted = server is not None and server.health_due
+                if token is not None and (token.done() or not wanted):
+                    token.cancel()
+                    token = None
+                if wanted and token is None:
+                    token = asyncio.create_task(self._ask_token())
+                if server is not None and server.doubted:
+                    self._emit(
+                        await sglang.ask_scheduler(
+                            self.http, name, timeout_s=settings.timeout_s, names=self._names
+                        )
+                    )
+        finally:
+            if token is not None:
+                token.cancel()
+
+    async def _ask_token(self) -> None:
+        self._emit(
+            await sglang.ask_token(
+                self.http,
+                self.settings.name,
+                timeout_s=self._probe_settings.health_timeout_s,
+                names=self._names,
+            )
+        )
 
     def _keep_scrape(self, body: bytes) -> None:
         """The newest `/metrics` is kept for an incident's report, now and then, of a small fleet."""

@@ -230,7 +230,8 @@ class ProbeSettings(Section):
     )
     health_interval_s: Seconds = Field(
         default=30,
-        description="Between two `/health_generate`, the probe that makes the server generate a token.",
+        description="A server that showed no token for this long is asked for one, by `/health_generate`, "
+        "and no more often than that. Never while it is paused, updated or offloaded.",
     )
     health_timeout_s: Seconds = Field(
         default=25, description="A `/health_generate` without an answer for this long has failed."
@@ -240,11 +241,11 @@ class ProbeSettings(Section):
         description="How often /proc is read for a process that was stopped (SIGSTOP, a debugger).",
     )
     deadlock_after_s: Seconds = Field(
-        default=10,
+        default=8,
         description="Requests are waiting, no token came for this long, and no processor is busy: hold.",
     )
     spin_after_s: Seconds = Field(
-        default=45,
+        default=43,
         description="Requests are waiting, no token came for this long, and a processor is busy: hold.",
     )
     kill_after_s: Seconds = Field(
@@ -254,6 +255,12 @@ class ProbeSettings(Section):
         default=600,
         description="A pause, an offload or a weight update that was announced excuses a silent server for "
         "this long, never for ever.",
+    )
+    colocated: bool = Field(
+        default=False,
+        description="The servers share their GPUs with the trainer, which takes their memory between "
+        'rollouts (always so with backend "trainer"). Then nothing that generates is sent to them but in the '
+        "phase ROLLOUT of a trainer with the guard.",
     )
 
     @model_validator(mode="after")

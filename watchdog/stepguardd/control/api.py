@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 
 from stepguard import __version__
 from stepguardd.control.contract import REQUEST_BYTES_MAX, Daemon, Refused, Verb
+from stepguardd.core.planned import PLAN_MAX_S
 from stepguardd.jsontext import to_json
 
 if TYPE_CHECKING:
@@ -57,6 +58,13 @@ class RestartWish(Wish):
     """Which server; it may be left out where there is only one."""
 
     server: Annotated[str, StringConstraints(max_length=64)] | None = None
+
+
+class PlanWish(Wish):
+    """Which server will be silent on purpose, all without a name, and for how long; 0 takes that back."""
+
+    server: Annotated[str, StringConstraints(max_length=64)] | None = None
+    for_s: Annotated[float, Field(ge=0, le=PLAN_MAX_S, allow_inf_nan=False)]
 
 
 class AckWish(Wish):
@@ -197,6 +205,11 @@ def _add_wishes(app: FastAPI, daemon: Daemon, ask_timeout_s: float) -> None:
     async def restart_server(request: Request, wish: RestartWish) -> Response:
         """Restart a server, and renew its weights."""
         return await ask(request, "restart-server", wish)
+
+    @app.post("/api/v1/plan-server", responses=accepted, dependencies=TOKEN_NEEDED)
+    async def plan_server(request: Request, wish: PlanWish) -> Response:
+        """Announce that a server will be silent for a while: what speaks softly against it is excused."""
+        return await ask(request, "plan-server", wish)
 
     @app.post("/api/v1/ack", responses=accepted, dependencies=TOKEN_NEEDED)
     async def ack(request: Request, wish: AckWish) -> Response:

@@ -11,7 +11,7 @@ SOCKET_NAME = "control.sock"
 REPLY_BYTES_MAX = 1 << 20
 REQUEST_BYTES_MAX = 64 << 10
 
-Verb = Literal["pause", "resume", "rollback", "restart-server", "ack", "mode"]
+Verb = Literal["pause", "resume", "rollback", "restart-server", "ack", "mode", "plan-server"]
 
 
 class Refused(Exception):  # noqa: N818 - a refusal is an answer, not a fault
@@ -47,6 +47,7 @@ class Daemon(Protocol):
             who: The caller, as the kernel vouches for them: "root (uid 0, pid 4711)".
             why: The reason they gave; may be empty.
             args: rollback: {"before_step": int | None}; restart-server: {"server": str | None};
+                plan-server: {"server": str | None, "for_s": float};
                 ack: {"incident": str | None}; mode: {"mode": "shadow" | "hold" | "act"}; else empty.
 
         Returns:

@@ -1,7 +1,7 @@
 """Which of a person's requests make sense now. Pure; the others are refused with why, and what would help."""
 
 from ..core.events import OperatorAsked
-from ..core.state import Mode, State
+from ..core.state import Mode, ServerState, State
 from .contract import Refused
 
 
@@ -19,6 +19,8 @@ def refuse_nonsense(state: State, request: OperatorAsked) -> None:
             raise Refused("no server of this run is Stepguard's to restart")
         if request.server is not None and request.server not in names:
             raise Refused(f"no server {request.server!r} to restart; there is {', '.join(names)}")
+    elif request.verb == "plan-server":
+        _refuse_plan(state, request)
     elif request.verb == "rollback":
         managed = state.settings.trainer_managed
         if state.trainer.pid is None and not managed:
@@ -50,6 +52,18 @@ def incident_number(given: object) -> int | None:
     if not (digits.isascii() and digits.isdigit() and len(digits) <= 9):
         raise Refused(f"no incident {str(given)[:20]!r}; it is a number, as `stepguard status` shows it")
     return int(digits)
+
+
+def _refuse_plan(state: State, request: OperatorAsked) -> None:
+    """A silence can be announced of a server that lives; a dead one is no matter of silence."""
+    named = [server for server in state.servers if request.server in {None, server.name}]
+    if not named:
+        there = ", ".join(server.name for server in state.servers) or "none"
+        raise Refused(f"no server {request.server or ''!r} in this run; there is {there}")
+    gone = {ServerState.DEAD, ServerState.RESTARTING, ServerState.STALE}
+    if all(server.state in gone or server.state is ServerState.STARTING for server in named):
+        states = ", ".join(f"{server.name} is {server.state.value}" for server in named)
+        raise Refused(f"{states}: only a server that serves can be silent on purpose")
 
 
 def _refuse_ack(state: State, request: OperatorAsked) -> None:

@@ -17,7 +17,9 @@ from . import (
     checkpoints,
     fleet,
     holding,
+    opinions,
     people,
+    planned,
     probation,
     recovery,
     relaunch,
@@ -40,6 +42,7 @@ from .events import (
     DaemonStarted,
     EffectEnded,
     Event,
+    GenerationAsked,
     GpuTroubled,
     LogSeen,
     MemoryPressed,
@@ -47,7 +50,9 @@ from .events import (
     OperatorAsked,
     OrderAcknowledged,
     ProcessExited,
+    RequestsFailed,
     RewardLogged,
+    SchedulerAsked,
     ServerProbed,
     StepCommitted,
     Tick,
@@ -70,6 +75,8 @@ from .state import (
     State,
 )
 from .turn import Turn
+
+FAILED_REQUESTS = 8
 
 
 def decide(state: State, event: Event, now: float) -> tuple[State, tuple[Command, ...]]:
@@ -107,8 +114,17 @@ def _take_in(turn: Turn, event: Event) -> None:
             _on_step(turn, event)
         case TrainerSeen():
             _on_trainer(turn, event)
-        case ServerProbed() | TreeSampled() | ProcessExited() | TreeSeen():
+        case (
+            ServerProbed()
+            | TreeSampled()
+            | ProcessExited()
+            | TreeSeen()
+            | SchedulerAsked()
+            | GenerationAsked()
+        ):
             _on_server(turn, event)
+        case RequestsFailed():
+            _on_requests(turn, event)
         case EffectEnded():
             _on_effect(turn, event)
         case OrderAcknowledged():
@@ -135,7 +151,10 @@ def _take_in(turn: Turn, event: Event) -> None:
             assert_never(event)
 
 
-def _on_server(turn: Turn, event: ServerProbed | TreeSampled | ProcessExited | TreeSeen) -> None:
+_OfServer = ServerProbed | TreeSampled | ProcessExited | TreeSeen | SchedulerAsked | GenerationAsked
+
+
+def _on_server(turn: Turn, event: _OfServer) -> None:
     server = turn.server(event.server)
     if server is None:
         return
@@ -146,6 +165,10 @@ def _on_server(turn: Turn, event: ServerProbed | TreeSampled | ProcessExited | T
             server, suspicion = fleet.sampled(server, event, turn.now)
         case ProcessExited():
             server, suspicion = fleet.process_exited(server, event)
+        case SchedulerAsked():
+            server, suspicion = fleet.asked(server, event, turn.now)
+        case GenerationAsked():
+            server, suspicion = fleet.generated(server, event, turn.now)
         case TreeSeen():
             server, suspicion = fleet.tree_seen(server, event.procs)
             if not event.procs and _never_started(server):
@@ -224,6 +247,7 @@ def _on_trainer(turn: Turn, event: TrainerSeen) -> None:
             attempt=event.attempt,
             step=event.step,
             phase=event.phase,
+            works_at=old.works_at if event.phase == "HELD" else event.phase,
             phase_at=now if event.phase != old.phase or old.phase_at is None else old.phase_at,
             beats=event.beats,
             beats_at=now if event.beats != old.beats else old.beats_at,
@@ -237,8 +261,46 @@ def _on_trainer(turn: Turn, event: TrainerSeen) -> None:
             handles_save=event.handles_save,
         ),
     )
+    _announce(turn)
     relaunch.seen(turn, event, old)
     stall.seen(turn)
+
+
+def _announce(turn: Turn) -> None:
+    """The trainer's phase says which servers are silent on purpose, and when what was left open is proven."""
+    for server in turn.state.servers:
+        after = planned.by_phase(server, turn.state.trainer, turn.state.settings, turn.now)
+        after = opinions.wanted(after, turn.state.trainer, turn.state.settings, turn.now)
+        turn.put(after)
+        if after.owes_proof and after.state is ServerState.SERVING:
+            after = replace(after, owes_proof=False)
+            turn.put(after)
+            recovery.verify(turn, after, Reason.SERVER_RETURNED)
+
+
+def _on_requests(turn: Turn, event: RequestsFailed) -> None:
+    """
+    A streak of its own, apart from the probes': the trainer's requests fail, one after the other.
+
+    They may fail for the trainer's own reasons, so nothing is concluded: each server has to generate, and the
+    run is held until it did. Looked at again when the streak has doubled.
+    """
+    trainer = turn.state.trainer
+    if event.attempt < trainer.attempt:
+        return
+    many = event.in_a_row >= max(FAILED_REQUESTS, 2 * trainer.verified_at_failures)
+    looked_at = event.in_a_row if many else trainer.verified_at_failures
+    turn.state = replace(
+        turn.state,
+        trainer=replace(
+            trainer,
+            failed_requests=event.in_a_row,
+            verified_at_failures=looked_at if event.in_a_row else 0,
+        ),
+    )
+    if many:
+        for server in turn.state.servers:
+            recovery.verify(turn, server, Reason.REQUESTS_FAILED)
 
 
 def _on_checkpoint(
@@ -268,10 +330,11 @@ def _on_step(turn: Turn, event: StepCommitted) -> None:
 
 def _on_tick(turn: Turn) -> None:
     for server in turn.state.servers:
-        judged, suspicion = fleet.ticked(server, turn.state.settings, turn.now)
+        judged, suspicion = fleet.ticked(server, turn.state.trainer, turn.state.settings, turn.now)
         if suspicion is not None:
             recovery.suspect(turn, judged, suspicion)
         else:
+            turn.put(judged)
             recovery.ticked(turn, judged)
     rollbacks.wait(turn)
     relaunch.ticked(turn)

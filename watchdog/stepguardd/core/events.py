@@ -82,6 +82,45 @@ class ServerProbed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerAsked:
+    """
+    The second opinion, asked only in doubt: does the scheduler's own loop still turn?
+
+    `/server_info` makes the round trip to the scheduler: a paused one answers, a frozen one does not.
+    `/v1/loads` carries the time of the scheduler's last snapshot, by the server's own clock: it moves or not.
+    `waited_s` is how long the answer to `/server_info` was waited for.
+    """
+
+    server: str
+    info: Answer = Answer.UNKNOWN
+    loads: Answer = Answer.UNKNOWN
+    loads_stamp: float | None = None
+    waited_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationAsked:
+    """`/health_generate`, asked last: one token, `waited_s` ago. 200 proves nothing where it is a stub."""
+
+    server: str
+    answer: Answer
+    waited_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestsFailed:
+    """
+    Requests of the trainer itself failed on their way, so many in a row; 0 once one was answered again.
+
+    `error` is the newest failure's, in a few words.
+    """
+
+    attempt: int
+    in_a_row: int
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerSeen:
     """The trainer's half of the gate page, read at an interval."""
 
@@ -261,6 +300,7 @@ class OperatorAsked:
     before_step: int | None = None
     mode: str | None = None
     incident: int | None = None
+    for_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -368,6 +408,9 @@ Event = (
     | ProcessExited
     | TreeSampled
     | ServerProbed
+    | SchedulerAsked
+    | GenerationAsked
+    | RequestsFailed
     | TrainerSeen
     | TrainerTree
     | TrainerExited

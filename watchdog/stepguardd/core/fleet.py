@@ -12,13 +12,23 @@ against a server, never for it: they answer 200 with a frozen scheduler.
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from .events import Answer, Proc, ProcessExited, ServerProbed, TreeSampled
+from . import opinions, planned
+from .events import (
+    Answer,
+    GenerationAsked,
+    Proc,
+    ProcessExited,
+    SchedulerAsked,
+    ServerProbed,
+    TreeSampled,
+)
 from .reasons import Reason
-from .state import Server, ServerState, Settings, Trainer
+from .state import Endpoints, Server, ServerState, Settings, Trainer
 
 FAILED_PROBES = 3
 STALE_PROBES = 2
 BUSY_CORES = 0.1
+_NO_ANSWER = frozenset({Answer.REFUSED, Answer.TIMEOUT, Answer.BROKEN, Answer.UNAVAILABLE})
 VITAL_ROLES = frozenset({"server", "scheduler", "detokenizer", "data_parallel"})
 
 
@@ -112,28 +122,42 @@ def sampled(server: Server, event: TreeSampled, now: float) -> Judged:
 
 def probed(server: Server, event: ServerProbed, trainer: Trainer, settings: Settings, now: float) -> Judged:
     """One round of cheap endpoints."""
-    answers = (event.ready, event.model_info)
-    failed = all(a in {Answer.REFUSED, Answer.TIMEOUT, Answer.BROKEN} for a in answers)
-    tokens_moved = event.tokens is not None and event.tokens != server.tokens
+    failed = _failed(server, event)
+    known = event.tokens is not None and server.tokens is not None
+    moved = event.tokens is not None and event.tokens != server.tokens
     idle = event.running == 0
+    said = server.endpoints
     server = replace(
         server,
         seen=server.seen or event.model_info is Answer.OK or server.failed_probes + failed >= FAILED_PROBES,
         failed_probes=server.failed_probes + 1 if failed else 0,
+        endpoints=said if failed else _answered(said, event),
         running=event.running,
         tokens=event.tokens,
-        tokens_at=now if tokens_moved or idle or server.tokens_at is None else server.tokens_at,
+        tokens_at=now if moved or idle or server.tokens_at is None else server.tokens_at,
+        generated_at=now if moved and known else server.generated_at,
         weight_version=event.weight_version if event.model_info is Answer.OK else server.weight_version,
     )
-    server = _planned(server, event, now)
-    if server.failed_probes >= FAILED_PROBES and not _excused(server, answers):
+    server = planned.by_ready(server, event, now)
+    excused = planned.excused(server, (event.ready, event.model_info))
+    if server.failed_probes >= FAILED_PROBES and not excused:
         return server, _unreachable(server)
     return _stale(server, trainer, settings, now)
 
 
-def _excused(server: Server, answers: tuple[Answer, ...]) -> bool:
-    """A weight update or an offload may block the parent for a while; a closed port is no such thing."""
-    return server.state is ServerState.PLANNED and Answer.REFUSED not in answers
+def _answered(said: Endpoints, event: ServerProbed) -> Endpoints:
+    return replace(said, ready=event.ready, model_info=event.model_info, metrics=event.metrics)
+
+
+def _failed(server: Server, event: ServerProbed) -> bool:
+    """
+    Whether a round got no good answer at all.
+
+    An endpoint that was there and is not any more, or that talks nonsense, is another program's answer.
+    """
+    lost = event.model_info is Answer.NOT_OFFERED and server.endpoints.model_info is Answer.OK
+    silent = event.model_info in _NO_ANSWER and event.ready in _NO_ANSWER
+    return lost or silent or event.model_info is Answer.BROKEN
 
 
 def _unreachable(server: Server) -> Suspicion:
@@ -141,17 +165,6 @@ def _unreachable(server: Server) -> Suspicion:
     if server.state is ServerState.STARTING and server.repair is None:
         return Suspicion(reason=Reason.SERVER_STARTING, remedy=Remedy.VERIFY)
     return Suspicion(reason=Reason.SERVER_UNREACHABLE, remedy=Remedy.WATCH)
-
-
-def _planned(server: Server, event: ServerProbed, now: float) -> Server:
-    """`/ready` says no and the rest answers: paused, draining or updating, not dead."""
-    unready = event.ready is Answer.UNAVAILABLE and event.model_info is Answer.OK
-    if unready and server.state is ServerState.SERVING:
-        return server.move(ServerState.PLANNED, now, Reason.SERVER_PAUSED)
-    if server.state is ServerState.PLANNED and event.ready is Answer.OK:
-        # What waited through the pause is not late: its time begins now.
-        return replace(server.move(ServerState.SERVING, now, None), tokens_at=now)
-    return server
 
 
 def _stale(server: Server, trainer: Trainer, settings: Settings, now: float) -> Judged:
@@ -183,23 +196,52 @@ def current(served: str | None, held: str | None, max_staleness: int) -> bool:
     return False
 
 
-def ticked(server: Server, settings: Settings, now: float) -> Judged:
+def asked(server: Server, event: SchedulerAsked, now: float) -> Judged:
+    """The second opinion; what its silence comes to, time will tell."""
+    return opinions.scheduler(server, event, now), None
+
+
+def generated(server: Server, event: GenerationAsked, now: float) -> Judged:
+    """A token was asked for."""
+    server, failed = opinions.token(server, event, now)
+    return server, Suspicion(reason=Reason.SERVER_HUNG, remedy=Remedy.WATCH) if failed else None
+
+
+def ticked(server: Server, trainer: Trainer, settings: Settings, now: float) -> Judged:
     """
-    What only time can tell: requests run and no token comes.
+    What only time can tell: requests run and no token comes, or the scheduler does not answer.
 
     With no CPU used either it is a deadlock; a busy CPU may be a long prefill, so that takes longer.
     """
-    if server.state is ServerState.PLANNED and now - server.since > settings.planned_lease_s:
+    server = opinions.wanted(server, trainer, settings, now)
+    if planned.too_long(server, settings, now):
+        if server.reason is Reason.OPERATOR_PLANNED:
+            return planned.over(server, now), None
         return server, Suspicion(reason=Reason.PAUSED_TOO_LONG, remedy=Remedy.WATCH)
+    hung = Suspicion(reason=Reason.SERVER_HUNG, remedy=Remedy.WATCH)
+    if server.repair is None and opinions.frozen(server, settings, now):
+        return server, hung
     if server.state is not ServerState.SERVING or not server.running or server.tokens_at is None:
         return server, None
     still_s = now - server.tokens_at
     idle_s = 0.0 if server.busy_at is None else now - server.busy_at
     if min(still_s, idle_s) > settings.deadlock_after_s:
-        return server, Suspicion(reason=Reason.SERVER_HUNG, remedy=Remedy.WATCH)
+        if _paused_unsaid(server, settings, now):
+            return server.move(ServerState.PLANNED, now, Reason.SERVER_PAUSED), None
+        return server, hung
     if still_s > settings.spin_after_s:
         return server, Suspicion(reason=Reason.SERVER_SPINNING, remedy=Remedy.WATCH)
     return server, None
+
+
+def _paused_unsaid(server: Server, settings: Settings, now: float) -> bool:
+    """
+    Whether it is paused and has no `/ready` to say so: its scheduler answers, and lets requests wait.
+
+    Where there is a `/ready` it would say so; there, requests that wait for nothing are a hang.
+    """
+    turning = server.loop_at is not None and now - server.loop_at < settings.deadlock_after_s / 2
+    return turning and server.endpoints.ready is Answer.NOT_OFFERED
 
 
 def well(server: Server, settings: Settings, now: float) -> bool:
@@ -207,4 +249,5 @@ def well(server: Server, settings: Settings, now: float) -> bool:
     quiet = not server.running or (
         server.tokens_at is not None and now - server.tokens_at <= 2 * settings.interval_s
     )
-    return not server.stopped and server.failed_probes == 0 and quiet
+    answers = server.failed_probes == 0 and server.unanswered_since is None
+    return not server.stopped and answers and quiet

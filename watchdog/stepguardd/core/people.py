@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from . import budget, holding, recovery, relaunch, reward, rollbacks
+from . import budget, holding, planned, recovery, relaunch, reward, rollbacks
 from .breaker import Phase, Trigger
 from .events import (
     OperatorAsked,
@@ -12,6 +12,7 @@ from .state import (
     Mode,
     Pause,
     ServerState,
+    Stage,
     State,
 )
 from .turn import Turn
@@ -39,6 +40,8 @@ def asked(turn: Turn, event: OperatorAsked) -> None:
                     turn.note("person", Reason.OPERATOR_RESTART, f"restart of {server.name} asked by {by}")
                     refilled = replace(server, repair=None, budget=budget.Budget())
                     recovery.restart(turn, refilled, Reason.OPERATOR_RESTART)
+        case "plan-server":
+            _plan(turn, event, by)
         case "ack":
             if state.incident is not None:
                 turn.state = replace(state, incident=replace(state.incident, known_to=by))
@@ -82,6 +85,23 @@ def _resume(turn: Turn, by: str) -> None:
     for server in turn.state.servers:
         recovery.accept(turn, server)
     relaunch.resumed(turn)
+
+
+def _plan(turn: Turn, event: OperatorAsked, by: str) -> None:
+    """Somebody answers for a server's silence: soft evidence against it is set aside until then."""
+    for_s = event.for_s or 0.0
+    for server in turn.state.servers:
+        if event.server not in {None, server.name}:
+            continue
+        soft = server.repair is not None and server.repair.stage in {Stage.WATCH, Stage.CANARY}
+        let_go = server.state is ServerState.SUSPECT and soft and for_s > 0.0
+        if (server.repair is None or let_go) and server.state in _PLANNABLE:
+            turn.put(planned.by_person(replace(server, repair=None), for_s, turn.now))
+            what = f"silent on purpose for {for_s:g} s" if for_s > 0.0 else "expected to serve again"
+            turn.note("person", Reason.OPERATOR_PLANNED, f"{server.name} is {what}, says {by}")
+
+
+_PLANNABLE = frozenset({ServerState.SERVING, ServerState.SUSPECT, ServerState.PLANNED})
 
 
 def _incident_step(state: State) -> int:

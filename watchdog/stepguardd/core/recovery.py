@@ -13,13 +13,13 @@ server answers every probe and serves the base model.
 
 from dataclasses import replace
 
-from . import budget, memory, rungs, weights
+from . import budget, memory, planned, rungs, weights
 from .commands import ContinueServer, RunCanary, StartServer, StopServer
 from .events import Answer, EffectEnded, ServerProbed, TreeSampled
 from .fleet import Remedy, Suspicion, current, well
 from .giving_up import give_up
 from .reasons import Reason
-from .state import Hands, Repair, Server, ServerState, Stage
+from .state import Endpoints, Hands, Repair, Server, ServerState, Stage
 from .turn import Turn
 
 _ALIVE = frozenset(
@@ -58,7 +58,10 @@ def suspect(turn: Turn, server: Server, suspicion: Suspicion) -> None:
 def verify(turn: Turn, server: Server, reason: Reason) -> None:
     """Look at a server that nothing speaks against: does it generate, with the right weights?"""
     states = {ServerState.STARTING, ServerState.SERVING, ServerState.SUSPECT}
-    if server.repair is None and server.state in states:
+    # A paused server lets requests wait; one whose requests fail is not paused.
+    paused = server.state is ServerState.PLANNED and server.reason is Reason.SERVER_PAUSED
+    doubted = paused and reason is Reason.REQUESTS_FAILED
+    if server.repair is None and (server.state in states or doubted):
         _canary(turn, _begun(turn, server, reason, Stage.CANARY, ServerState.SUSPECT))
 
 
@@ -297,6 +300,18 @@ def _unknown(server: Server) -> Server:
         running=None,
         tokens=None,
         tokens_at=None,
+        endpoints=Endpoints(),
+        ready_doubted=False,
+        generated_at=None,
+        doubted=False,
+        loop_at=None,
+        loads_stamp=None,
+        unanswered_since=None,
+        health_due=False,
+        health_at=None,
+        failed_health=0,
+        planned_until=None,
+        owes_proof=False,
         stopped=(),
         cpu_s=None,
         sampled_at=None,
@@ -356,15 +371,16 @@ def _start_ended(turn: Turn, server: Server, repair: Repair, event: EffectEnded)
 
 
 def _canary(turn: Turn, server: Server) -> None:
-    assert server.repair is not None
+    repair = server.repair
+    assert repair is not None
+    if planned.hands_off(turn.state.trainer, turn.state.settings) and not repair.restarts:
+        # Its memory may be the trainer's now: it is proven when the rollouts begin.
+        server = replace(server, repair=None, owes_proof=True)
+        turn.put(server.move(ServerState.PLANNED, turn.now, Reason.SERVER_OFFLOADED))
+        return
     intent = turn.intent("canary")
-    first = server.repair.stage is not Stage.CANARY
-    repair = replace(
-        server.repair,
-        stage=Stage.CANARY,
-        since=turn.now if first else server.repair.since,
-        intent=intent,
-    )
+    since = repair.since if repair.stage is Stage.CANARY else turn.now
+    repair = replace(repair, stage=Stage.CANARY, since=since, intent=intent)
     turn.put(replace(server, repair=repair))
     turn.commands.append(RunCanary(intent=intent, server=server.name))
 

@@ -12,7 +12,7 @@ from enum import Enum
 
 from .breaker import Phase
 from .budget import Budget
-from .events import GpuTroubled, LogSeen, OomSeen, Proc
+from .events import Answer, GpuTroubled, LogSeen, OomSeen, Proc
 from .invariants import require
 from .ledger import LedgerRow
 from .memory import Climb, Ladder, Short, Sizes
@@ -105,8 +105,11 @@ class Settings:
     max_refused_batches: int = 3
     max_staleness: int = 0
     interval_s: float = 1.0
-    deadlock_after_s: float = 10.0
-    spin_after_s: float = 45.0
+    deadlock_after_s: float = 8.0
+    spin_after_s: float = 43.0
+    health_interval_s: float = 30.0
+    health_timeout_s: float = 25.0
+    colocated: bool = False
     kill_after_s: float = 60.0
     planned_lease_s: float = 600.0
     restart_budget: int = 3
@@ -175,8 +178,29 @@ class Repair:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoints:
+    """How each endpoint of a server answered last; UNKNOWN until it was asked."""
+
+    ready: Answer = Answer.UNKNOWN
+    model_info: Answer = Answer.UNKNOWN
+    metrics: Answer = Answer.UNKNOWN
+    server_info: Answer = Answer.UNKNOWN
+    loads: Answer = Answer.UNKNOWN
+    health: Answer = Answer.UNKNOWN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
-    """One inference server, and the evidence on it. `None` is unknown."""
+    """
+    One inference server, and the evidence on it. `None` is unknown.
+
+    `ready_doubted`: it generated while `/ready` said no, so that no is no pause.
+    `generated_at`: when it was last seen to generate. `loop_at`: when its scheduler's loop was last seen to
+    turn; `unanswered_since`: since when that loop does not answer, asked again and again.
+    `doubted` and `health_due` say what is to be asked now: the scheduler, or for a token.
+    `health_at`: when it was last asked for a token. `planned_until`: the end of an announced silence.
+    `owes_proof`: it was repaired where nothing may be sent to it, and is proven when that ends.
+    """
 
     name: str
     managed: bool
@@ -203,13 +227,25 @@ class Server:
     busy_at: float | None = None
     stale_probes: int = 0
     failed_probes: int = 0
+    endpoints: Endpoints = field(default_factory=Endpoints)
+    ready_doubted: bool = False
+    generated_at: float | None = None
+    doubted: bool = False
+    loop_at: float | None = None
+    loads_stamp: float | None = None
+    unanswered_since: float | None = None
+    health_due: bool = False
+    health_at: float | None = None
+    failed_health: int = 0
+    planned_until: float | None = None
+    owes_proof: bool = False
 
     def move(self, to: ServerState, now: float, reason: Reason | None) -> "Server":
         """The server in another state; a move that is not legal raises `InvariantError`."""
         if to is self.state:
             return self if reason is self.reason else replace(self, reason=reason)
         require((self.state, to) in LEGAL, f"server {self.name} cannot go from {self.state} to {to}")
-        return replace(self, state=to, since=now, reason=reason)
+        return replace(self, state=to, since=now, reason=reason, health_due=False)
 
     def window_s(self, settings: Settings) -> float:
         """
@@ -234,6 +270,9 @@ class Trainer:
     """
     The trainer, as its page and its reports show it, and as its launcher knows it.
 
+    `works_at` is its phase, or the one in which it is held. `failed_requests` is how many of its requests
+    failed in a row; `verified_at_failures` how many had when the servers were last looked at for it.
+
     `left` is why it said that it ends, if it did. `crashed_at` is the step that it last died in; a batch that
     it died in twice is among `skip_steps`.
     """
@@ -256,6 +295,9 @@ class Trainer:
     handles_save: bool = False
     committed_step: int | None = None
     refused_in_a_row: int = 0
+    works_at: str = "UNKNOWN"
+    failed_requests: int = 0
+    verified_at_failures: int = 0
     procs: tuple[Proc, ...] = ()
     left: str | None = None
     budget: Budget = field(default_factory=Budget)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from .commands import PushWeights
-from .events import EffectEnded, OrderAcknowledged
+from .events import Answer, EffectEnded, OrderAcknowledged
 from .fleet import current
 from .giving_up import give_up
 from .reasons import Reason
@@ -162,7 +162,16 @@ def serve(turn: Turn, server: Server) -> None:
     assert repair is not None
     if repair.changed and turn.state.trip is not None:
         turn.state = replace(turn.state, trip=replace(turn.state.trip, infra=True))
-    server = replace(server, repair=None, stale_probes=0, stopped=(), tokens_at=turn.now)
+    server = replace(
+        server,
+        repair=None,
+        stale_probes=0,
+        stopped=(),
+        tokens_at=turn.now,
+        ready_doubted=server.endpoints.ready is Answer.UNAVAILABLE,
+        failed_health=0,
+        unanswered_since=None,
+    )
     turn.put(server.move(ServerState.SERVING, turn.now, None))
     if repair.restarts:
         turn.note("action", repair.cause, f"{server.name} serves again, weights proven current")

@@ -566,7 +566,8 @@ def _summary(
 _REASONS: Final[Mapping[Reason, str]] = {
     Reason.SERVER_DIED: "a process of the server ended",
     Reason.SERVER_STOPPED: "a process of the server was found stopped (SIGSTOP, a debugger, a suspend)",
-    Reason.SERVER_HUNG: "the server had requests and gave no token, with idle processors",
+    Reason.SERVER_HUNG: "the server gave no token, or its scheduler no answer, with idle processors",
+    Reason.REQUESTS_FAILED: "the trainer's requests failed, one after the other",
     Reason.SERVER_SPINNING: "the server had requests and gave no token, with busy processors",
     Reason.SERVER_UNREACHABLE: "the server could not be reached",
     Reason.REWARD_COLLAPSE: "the reward fell to a floor",

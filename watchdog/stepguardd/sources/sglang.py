@@ -1,33 +1,47 @@
 """
-A server's cheap HTTP endpoints: `/ready`, `/model_info` and `/metrics`, once a round.
+What a server says over HTTP. The cheap endpoints, once a round: `/ready`, `/model_info` and `/metrics`.
 
 They are answered by the server's parent process: they tell of a refused port, a pause, the weights' version
 and the tokens so far, and nothing of the scheduler's life.
+When the core is in doubt, `/server_info` and `/v1/loads` tell of that, and last of all `/health_generate`.
 A reply is read up to 1 MiB and for the probe's timeout in all: a server that drips, floods or lies costs no
 more than that.
 """
 
 import asyncio
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 import httpx
 
-from ..core.events import Answer, ServerProbed
+from .. import clock
+from ..core.events import Answer, GenerationAsked, SchedulerAsked, ServerProbed
 from ..oneline import utf8
 
 BODY_BYTES_MAX: Final = 1 << 20
 VERSION_CHARS_MAX: Final = 256
 
-_RUNNING: Final = ("sglang:num_running_reqs", "sglang:num_queue_reqs")
+_INFO: Final = ("/model_info", "/get_model_info", "/v1/models")
+_SCHEDULER: Final = ("/server_info", "/get_server_info")
+_TOKEN: Final = ("/health_generate", "/health")
+
+_RUNNING: Final = (
+    "sglang:num_running_reqs",
+    "sglang:num_queue_reqs",
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+)
 _OPEN: Final = "sglang:http_requests_active"
 _GENERATING: Final = (b'"/generate"', b'"/v1/completions"', b'"/v1/chat/completions"')
 _TOKENS: Final = (
     "sglang:realtime_tokens_total",  # moves with every forward pass; the next two when a request ends
     "sglang:generation_tokens_total",
     "sglang:prompt_tokens_total",
+    "vllm:generation_tokens_total",
+    "vllm:prompt_tokens_total",
 )
 
 
@@ -37,6 +51,28 @@ class Reply:
 
     answer: Answer
     body: bytes = b""
+
+
+class Names:
+    """
+    What a server calls its endpoints: today's SGLang, an older one, or another server that is like it.
+
+    The name that was answered last is tried first; a server that comes back may be of another version.
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[tuple[str, ...], str] = {}
+
+    async def get(self, http: httpx.AsyncClient, names: tuple[str, ...], *, timeout_s: float) -> Reply:
+        """The reply under the first of these names that the server knows."""
+        known = self._first.get(names, names[0])
+        reply = Reply(answer=Answer.NOT_OFFERED)
+        for name in (known, *(name for name in names if name != known)):
+            reply = await request(http, "GET", name, timeout_s=timeout_s)
+            if reply.answer is not Answer.NOT_OFFERED:
+                self._first[names] = name
+                break
+        return reply
 
 
 def client(url: str, timeout_s: float) -> httpx.AsyncClient:
@@ -67,7 +103,7 @@ async def request(
     """
     try:
         async with asyncio.timeout(timeout_s):
-            async with http.stream(method, path, json=body) as response:
+            async with http.stream(method, path, json=body, timeout=timeout_s) as response:
                 return await _read(response)
     except (TimeoutError, httpx.TimeoutException):
         return Reply(answer=Answer.TIMEOUT)
@@ -102,12 +138,13 @@ async def probe(
     server: str,
     *,
     timeout_s: float,
+    names: Names | None = None,
     scraped: Callable[[bytes], None] = lambda body: None,
 ) -> ServerProbed:
     """One round: three requests at once, all of them bounded; `scraped` is handed what `/metrics` said."""
     ready, info, metrics = await asyncio.gather(
         request(http, "GET", "/ready", timeout_s=timeout_s),
-        request(http, "GET", "/model_info", timeout_s=timeout_s),
+        (names or Names()).get(http, _INFO, timeout_s=timeout_s),
         request(http, "GET", "/metrics", timeout_s=timeout_s),
     )
     model_info, version = weight_version(info)
@@ -123,6 +160,44 @@ async def probe(
         running=running,
         tokens=tokens,
     )
+
+
+async def ask_scheduler(
+    http: httpx.AsyncClient, server: str, *, timeout_s: float, names: Names | None = None
+) -> SchedulerAsked:
+    """The second opinion: whether the scheduler itself answers, and when it made its last snapshot."""
+    began = clock.monotonic()
+    info, loads = await asyncio.gather(
+        (names or Names()).get(http, _SCHEDULER, timeout_s=timeout_s),
+        request(http, "GET", "/v1/loads", timeout_s=timeout_s),
+    )
+    return SchedulerAsked(
+        server=server,
+        info=info.answer,
+        loads=loads.answer,
+        loads_stamp=snapshot_time(loads.body) if loads.answer is Answer.OK else None,
+        waited_s=clock.monotonic() - began,
+    )
+
+
+async def ask_token(
+    http: httpx.AsyncClient, server: str, *, timeout_s: float, names: Names | None = None
+) -> GenerationAsked:
+    """Have it generate one token: a second at least, twenty where it cannot."""
+    began = clock.monotonic()
+    reply = await (names or Names()).get(http, _TOKEN, timeout_s=timeout_s)
+    return GenerationAsked(server=server, answer=reply.answer, waited_s=clock.monotonic() - began)
+
+
+def snapshot_time(body: bytes) -> float | None:
+    """When the slowest of a server's schedulers made its snapshot, by the server's clock; None if untold."""
+    try:
+        rows = json.loads(body)["loads"]
+        times = [float(row["timestamp"]) for row in rows]
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
+        return None
+    finite = [at for at in times if math.isfinite(at) and at > 0.0]
+    return min(finite) if finite and len(finite) == len(times) else None
 
 
 def weight_version(reply: Reply) -> tuple[Answer, str | None]:
@@ -153,7 +228,7 @@ def read_metrics(body: bytes) -> tuple[int | None, int | None]:
     held_open: float | None = None
     tokens: float | None = None
     for line in body.splitlines():
-        if not line.startswith(b"sglang:"):
+        if not line.startswith((b"sglang:", b"vllm:")):
             continue
         name = line.partition(b"{")[0].partition(b" ")[0].decode("ascii", "replace")
         if name not in _RUNNING and name not in _TOKENS and name != _OPEN:

@@ -8,6 +8,7 @@ from ..core.commands import (
     PrepareRollback,
     PublishGate,
     PushWeights,
+    RunCanary,
     StartServer,
     StopServer,
 )
@@ -72,6 +73,7 @@ class Promises:
             _held(state)
             _servers(state)
             _bounded(state)
+            _asked(state, commands)
             self._acts(state, event, commands, now)
         except BrokenPromise as broken:
             raise BrokenPromise(f"{broken}; at {now:g} after {event}") from None
@@ -183,6 +185,22 @@ def _servers(state: State) -> None:
         _require(not stopping or repair.intent is not None, f"{name} waits for an effect that has no intent")
         both = repair.intent is not None and repair.resync_generation is not None
         _require(not both, f"{name} waits for an effect and for the trainer at once")
+
+
+def _asked(state: State, commands: tuple[Command, ...]) -> None:
+    """Nothing that generates is sent to a server that is silent on purpose, or whose GPU is the trainer's."""
+    trainer = state.trainer
+    theirs = trainer.pid is not None and trainer.works_at != "ROLLOUT"
+    for server in state.servers:
+        if server.health_due:
+            serves = server.state is ServerState.SERVING and server.repair is None
+            _require(serves, f"server {server.name} is asked for a token and is {server.state.value}")
+            _require(not theirs, f"server {server.name} is asked for a token in {trainer.works_at}")
+    for command in commands:
+        if isinstance(command, RunCanary) and state.settings.colocated and trainer.alive is not False:
+            repair = next(one.repair for one in state.servers if one.name == command.server)
+            anew = repair is not None and repair.restarts
+            _require(anew or not theirs, f"a canary for {command.server} in {trainer.works_at}")
 
 
 def _bounded(state: State) -> None:

@@ -5,6 +5,7 @@ It promises the same run for the same calls. Effects take the time that the fake
 trainer's page come at the daemon's own intervals; every decision is looked at by `Promises`.
 """
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -31,10 +32,12 @@ from ..core.events import (
     DaemonStarted,
     EffectEnded,
     Event,
+    GenerationAsked,
     OperatorAsked,
     OrderAcknowledged,
     Proc,
     ProcessExited,
+    SchedulerAsked,
     ServerProbed,
     StepCommitted,
     Tick,
@@ -45,7 +48,7 @@ from ..core.events import (
     TreeSampled,
     TreeSeen,
 )
-from ..core.state import Gate, GateOrder, Mode, Server, Settings, State, initial
+from ..core.state import Gate, GateOrder, Mode, Server, ServerState, Settings, State, initial
 from .promises import Promises
 
 TICK_S = 0.25
@@ -53,6 +56,9 @@ SAMPLE_S = 0.5
 PROBE_S = 1.0
 PAGE_S = 1.0
 TREE_S = 5.0
+PROBE_TIMEOUT_S = 3.0
+HEALTH_TAKES_S = 1.0
+HEALTH_GIVES_UP_S = 20.0
 
 C = TypeVar("C", bound=Command)
 
@@ -69,11 +75,20 @@ class FakeServer:
         base_version: what it serves after a start.
         stop_s, start_s, load_s, canary_s, push_s: how long each takes.
         can_start, can_stop, can_generate, can_load: whether each succeeds.
-        paused: `/ready` says 503.
+        paused: `/ready` says 503, and no token comes. `pause_mode` says what becomes of open requests.
         listens: whether its port answers.
-        frozen: it has requests, and no token comes.
+        frozen: its scheduler's loop stands: it has requests, and no token comes.
         busy: its processes use CPU.
         cont_helps: whether SIGCONT wakes it.
+        load: how many requests a trainer in its rollouts keeps open in it; with 0, `running` is set by hand.
+        rate: tokens a second while it generates.
+        chunk_s: its tokens move only so often, and its loop turns as seldom: a prefill in chunks.
+        mute: it takes connections and never answers, or so slowly that no answer ends in time.
+        storm: it answers 503 to everything; `refuses`: to `/generate` alone.
+        waited_for: whether requests wait in it while it is frozen.
+        other: another program holds its port: "garbled" talks nonsense, "twin" is a server like it.
+        lacks: endpoints that it does not have.
+        visible: whether its processes can be seen from here.
 
     """
 
@@ -95,6 +110,19 @@ class FakeServer:
     frozen: bool = False
     busy: bool = True
     cont_helps: bool = True
+    load: int = 0
+    rate: int = 1000
+    chunk_s: float = 0.0
+    pause_mode: str = "in_place"
+    mute: bool = False
+    storm: bool = False
+    refuses: bool = False
+    waited_for: bool = True
+    other: str | None = None
+    lacks: frozenset[str] = frozenset()
+    visible: bool = True
+    unhealthy: bool = False
+    stamp: float = 0.0
     running: int = 0
     tokens: int = 0
     cpu_s: float = 0.0
@@ -113,6 +141,8 @@ class FakeServer:
             Proc(pid=root + 1, start_ticks=number, role="scheduler"),
         )
         self.version, self.stopped, self.frozen, self.paused = self.base_version, False, False, False
+        self.mute = self.storm = self.refuses = self.unhealthy = False
+        self.listens = True
         self.tokens, self.running, self.serving_from = 0, 0, now + self.load_s
 
     def up(self, now: float) -> bool:
@@ -121,7 +151,76 @@ class FakeServer:
 
     def generates(self, now: float) -> bool:
         """Whether a request gets tokens."""
-        return self.up(now) and self.can_generate and not (self.stopped or self.frozen or self.paused)
+        answers = self.up(now) and not (self.mute or self.storm or self.refuses)
+        return answers and self.can_generate and self.turns(now) and not self.paused
+
+    def turns(self, now: float) -> bool:
+        """Whether its scheduler's loop turns."""
+        return self.up(now) and not (self.stopped or self.frozen)
+
+    def work(self, now: float, *, rollouts: bool) -> None:
+        """A tick of its own time: requests come, tokens go, snapshots are made."""
+        if self.load:
+            ended = self.paused and self.pause_mode == "abort"
+            self.running = self.load if rollouts and not ended else 0
+        moves = self.chunk_s == 0.0 or now % self.chunk_s < TICK_S
+        if self.load and self.running and self.generates(now) and moves:
+            self.tokens += int(self.rate * max(TICK_S, self.chunk_s))
+        if self.turns(now) and not self.paused and moves:
+            self.stamp = now
+
+    def probed(self, now: float) -> ServerProbed:
+        """The cheap endpoints, as a probe finds them."""
+        answer = self._answer(now)
+        if answer is not Answer.OK:
+            return ServerProbed(server=self.name, ready=answer, model_info=answer, metrics=answer)
+        if self.other == "garbled":
+            none = Answer.NOT_OFFERED
+            return ServerProbed(server=self.name, ready=none, model_info=Answer.BROKEN, metrics=none)
+        no = self.paused or self.unhealthy
+        metrics = self._offered("metrics", Answer.OK)
+        told = metrics is Answer.OK
+        return ServerProbed(
+            server=self.name,
+            ready=self._offered("ready", Answer.UNAVAILABLE if no else Answer.OK),
+            model_info=Answer.OK,
+            metrics=metrics,
+            weight_version=self.version,
+            running=(8 if self.frozen and self.waited_for and not self.load else self.running)
+            if told
+            else None,
+            tokens=self.tokens if told else None,
+        )
+
+    def opinion(self, now: float) -> SchedulerAsked:
+        """What `/server_info` and `/v1/loads` say; the first waits for the scheduler, in vain if need be."""
+        answer = self._answer(now)
+        if answer is not Answer.OK:
+            waited_s = PROBE_TIMEOUT_S if answer is Answer.TIMEOUT else 0.0
+            return SchedulerAsked(server=self.name, info=answer, loads=answer, waited_s=waited_s)
+        turning = self.turns(now) and (self.chunk_s == 0.0 or now - self.stamp <= TICK_S)
+        info = self._offered("server_info", Answer.OK if turning else Answer.TIMEOUT)
+        loads = self._offered("loads", Answer.OK)
+        return SchedulerAsked(
+            server=self.name,
+            info=info,
+            loads=loads,
+            loads_stamp=self.stamp if loads is Answer.OK else None,
+            waited_s=PROBE_TIMEOUT_S if info is Answer.TIMEOUT else 0.0,
+        )
+
+    def _answer(self, now: float) -> Answer:
+        """How any request that needs no scheduler ends."""
+        if self.other is not None:
+            return Answer.OK
+        if not self.up(now):
+            return Answer.REFUSED
+        if self.mute:
+            return Answer.TIMEOUT
+        return Answer.UNAVAILABLE if self.storm else Answer.OK
+
+    def _offered(self, endpoint: str, answer: Answer) -> Answer:
+        return Answer.NOT_OFFERED if endpoint in self.lacks else answer
 
 
 @dataclass(slots=True, kw_only=True)
@@ -200,6 +299,11 @@ class World:
             tuple(Server(name=fake.name, managed=fake.managed, since=self.now) for fake in fakes),
         )
         self.said: list[tuple[float, Command]] = []
+        self.asked: list[tuple[float, str, str]] = []
+        """When which server was asked by which of the probes that reach its scheduler."""
+        self.moves: list[tuple[float, str, ServerState]] = []
+        """When which server came into which state."""
+        self._asking: set[tuple[str, str]] = set()
         self.promises = Promises()
         self._due: deque[tuple[float, Callable[[], None]]] = deque()
         self._next: dict[str, float] = {}
@@ -254,6 +358,9 @@ class World:
         state, commands = decide(before, event, self.now)
         self.promises.after(before, event, state, commands, self.now)
         self.state = state
+        for old, new in zip(before.servers, state.servers, strict=True):
+            if new.state is not old.state:
+                self.moves.append((self.now, new.name, new.state))
         for command in commands:
             self.said.append((self.now, command))
             if not isinstance(command, PublishGate | Notify):
@@ -436,12 +543,15 @@ class World:
 
     def _tick(self) -> None:
         self.now += TICK_S
+        for fake in self.servers.values():
+            fake.work(self.now, rollouts=self.trainer.phase == "ROLLOUT")
         self._obey()
         while self._due and self._due[0][0] <= self.now:
             self._due.popleft()[1]()
         for name, interval_s, work in (
             ("samples", SAMPLE_S, self._sample),
-            ("probes", PROBE_S, self._probe),
+            ("probes", TICK_S, self._probe),
+            ("opinions", PROBE_S, self._ask),
             ("page", PAGE_S, self.see_trainer),
             ("trees", TREE_S, self._look),
         ):
@@ -498,7 +608,11 @@ class World:
         self._end(effect.intent, True)
 
     def _canary(self, effect: RunCanary) -> None:
-        ok = self.servers[effect.server].generates(self.now)
+        fake = self.servers[effect.server]
+        if fake.other is not None:
+            self._end(effect.intent, False, "another process answers on its port")
+            return
+        ok = fake.generates(self.now)
         self._end(effect.intent, ok, "" if ok else "no answer")
 
     def _push(self, effect: PushWeights) -> None:
@@ -537,25 +651,61 @@ class World:
         self._end(effect.intent, True, procs=trainer.procs)
 
     def _probe(self) -> None:
+        """Each server at its own pace: a round without an answer takes until it is given up."""
         for fake in self.servers.values():
-            if not fake.up(self.now):
-                self.feed(ServerProbed(server=fake.name, ready=Answer.REFUSED, model_info=Answer.REFUSED))
+            if self.now < self._next.get(fake.name, 0.0):
                 continue
-            self.feed(
-                ServerProbed(
-                    server=fake.name,
-                    ready=Answer.UNAVAILABLE if fake.paused else Answer.OK,
-                    model_info=Answer.OK,
-                    metrics=Answer.OK,
-                    weight_version=fake.version,
-                    running=8 if fake.frozen else fake.running,
-                    tokens=fake.tokens,
-                )
-            )
+            event = fake.probed(self.now)
+            took_s = PROBE_TIMEOUT_S if Answer.TIMEOUT in {event.ready, event.model_info} else 0.0
+            self._next[fake.name] = self.now + took_s + PROBE_S
+            if took_s:
+                self._later(took_s, functools.partial(self._told, event))
+            else:
+                self.feed(event)
+
+    def _told(self, event: Event) -> None:
+        self.feed(event)
+
+    def _ask(self) -> None:
+        """The second opinion and the request for a token, as the core wants them; one of each at a time."""
+        for fake in self.servers.values():
+            server = self.server(fake.name)
+            if server.doubted and (fake.name, "scheduler") not in self._asking:
+                self._begin_asking(fake.name, "scheduler")
+                event = fake.opinion(self.now)
+                self._later(event.waited_s, functools.partial(self._answered, "scheduler", event))
+            if server.health_due and (fake.name, "token") not in self._asking:
+                self._begin_asking(fake.name, "token")
+                self._await_token(fake, self.now)
+
+    def _begin_asking(self, name: str, what: str) -> None:
+        self._asking.add((name, what))
+        self.asked.append((self.now, name, what))
+
+    def _answered(self, what: str, event: SchedulerAsked | GenerationAsked) -> None:
+        self._asking.discard((event.server, what))
+        self.feed(event)
+
+    def _await_token(self, fake: FakeServer, began: float) -> None:
+        """SGLang's `/health_generate`: a second at least, and no after twenty, which `/ready` repeats."""
+        waited_s = self.now - began
+        answer = Answer.OK
+        if "health" in fake.lacks:
+            answer = Answer.NOT_OFFERED
+        elif not fake.up(self.now):
+            answer = Answer.REFUSED
+        elif waited_s >= HEALTH_GIVES_UP_S:
+            answer, fake.unhealthy = Answer.UNAVAILABLE, True
+        elif waited_s < HEALTH_TAKES_S or not fake.generates(self.now):
+            self._later(TICK_S, functools.partial(self._await_token, fake, began))
+            return
+        else:
+            fake.unhealthy = False
+        self._answered("token", GenerationAsked(server=fake.name, answer=answer, waited_s=waited_s))
 
     def _sample(self) -> None:
         for fake in self.servers.values():
-            if not fake.procs:
+            if not fake.procs or not fake.visible:
                 continue
             if fake.busy and not fake.stopped:
                 fake.cpu_s += SAMPLE_S
@@ -567,7 +717,7 @@ class World:
             server = self.server(fake.name)
             stage = None if server.repair is None else server.repair.stage.value
             if stage not in {"stop", "start", "backoff"}:
-                self.feed(TreeSeen(server=fake.name, procs=fake.procs))
+                self.feed(TreeSeen(server=fake.name, procs=fake.procs if fake.visible else ()))
         if self.trainer.managed and self.state.relaunch is None:
             self.feed(TrainerTree(procs=self.trainer.procs))
 

@@ -70,7 +70,7 @@ _OF_SERVERS = frozenset(
     {
         Reason.SERVER_DIED, Reason.SERVER_STOPPED, Reason.SERVER_HUNG, Reason.SERVER_SPINNING,
         Reason.SERVER_UNREACHABLE, Reason.PAUSED_TOO_LONG, Reason.STALE_WEIGHTS, Reason.START_FAILED,
-        Reason.CANARY_FAILED, Reason.RESTART_BUDGET_SPENT,
+        Reason.CANARY_FAILED, Reason.RESTART_BUDGET_SPENT, Reason.REQUESTS_FAILED,
     }
 )  # fmt: skip
 

@@ -95,6 +95,7 @@ _WHAT = {
     Reason.SERVER_SPINNING: "{server} spins without a token",
     Reason.SERVER_UNREACHABLE: "{server} does not answer",
     Reason.SERVER_RETURNED: "{server} came back, unproven",
+    Reason.REQUESTS_FAILED: "the trainer's requests to {server} fail",
     Reason.SERVER_PAUSED: "{server} is paused",
     Reason.PAUSED_TOO_LONG: "{server} is paused for too long",
     Reason.START_FAILED: "{server} did not start",
