@@ -118,6 +118,31 @@ def test_a_poison_request_takes_the_innocent_with_it(
     assert "Error" in server.log
 
 
+def test_two_loads_at_once_end_a_paused_server_and_no_other(
+    start: Start, pool: ThreadPoolExecutor, base_model: Path
+) -> None:
+    """While it is paused nothing makes one load wait for the other, and both answers go to one promise."""
+    server = start().until_up()
+    body = {"model_path": str(base_model)}
+    with server.client() as http:
+
+        def two_at_once() -> list[BaseException | int]:
+            """What became of both: a status, or the error; they meet in a scheduler that stands still."""
+            server.scheduler().suspend()
+            calls = [pool.submit(http.post, "/update_weights_from_disk", json=body) for _ in range(2)]
+            http.get("/model_info")
+            server.scheduler().resume()
+            return [call.exception(timeout=20) or call.result().status_code for call in calls]
+
+        assert two_at_once() == [200, 200]
+        http.post("/pause_generation", json={"mode": "in_place"})
+        deadline = time.monotonic() + 30
+        while not any(isinstance(end, httpx.HTTPError) for end in two_at_once()):
+            assert time.monotonic() < deadline, "they never met"
+    assert server.exit_code() == -signal.SIGKILL
+    assert "InvalidStateError" in server.log
+
+
 @pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])
 def test_a_scheduler_never_outlives_its_parent(start: Start, stopped: bool) -> None:
     server = start().until_up()

@@ -22,7 +22,7 @@ from typing import Any
 from aiohttp import web
 
 from stepguard_grpo.server.exposition import Figures, render
-from stepguard_grpo.server.link import SchedulerLink
+from stepguard_grpo.server.link import SchedulerLink, kill_all
 from stepguard_grpo.server.sampling import Sampling, UnknownKeyError, parse_sampling
 from stepguard_grpo.server.shape import Shape
 from stepguard_grpo.server.wire import Message
@@ -73,6 +73,7 @@ class State:
     draining: bool = False
     unhealthy: bool = False  # a health check failed and none has succeeded since
     paused: bool = False
+    loads: int = 0  # from disk, under way
     in_flight: int = 0
 
     @property
@@ -444,14 +445,27 @@ async def continue_generation(request: web.Request) -> web.Response:
 
 
 async def update_weights_from_disk(request: web.Request) -> web.Response:
-    """Load a directory's weights between two requests; nothing checks that it is the same architecture."""
+    """
+    Load a directory's weights between two requests; nothing checks that it is the same architecture.
+
+    One load waits for another, but not while paused: then SGLang keeps one promise for both answers, and the
+    second answer ends it.
+    """
     state = request.app[STATE]
     body = await _body(request)
     path = _text(body, "model_path")
     _abort_first(state, body)
-    reply = await state.link.ask(
-        "update_from_disk", model_path=str(Path(path)), weight_version=_optional_version(body)
-    )
+    too_many = state.paused and state.loads > 0
+    state.loads += 1
+    try:
+        reply = await state.link.ask(
+            "update_from_disk", model_path=str(Path(path)), weight_version=_optional_version(body)
+        )
+    finally:
+        state.loads -= 1
+    if too_many:
+        log.error("TokenizerManager hit an exception: asyncio.exceptions.InvalidStateError: invalid state")
+        kill_all(state.link)
     if reply["success"]:
         state.model_path = state.served_model_name = path
     return _updated(state, reply)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import shlex
 import signal
 import sys
@@ -23,7 +22,7 @@ import aiohttp
 from aiohttp import web
 
 from stepguard_grpo.server.http import Settings, State, build_app
-from stepguard_grpo.server.link import SchedulerDiedError, SchedulerLink
+from stepguard_grpo.server.link import SchedulerDiedError, SchedulerLink, kill_all, kill_tree
 from stepguard_grpo.server.shape import read_shape
 
 CHILD_POLL_S = 0.5
@@ -83,7 +82,7 @@ async def serve(settings: Settings) -> int:
         code = await _listen_and_wait(runner, state, stop)
     finally:
         watcher.cancel()
-        _kill_tree(link)
+        kill_tree(link)
         await runner.cleanup()
     return code
 
@@ -108,7 +107,7 @@ async def _listen_and_wait(runner: web.AppRunner, state: State, stop: asyncio.Ev
     warm = await _warm_up(settings, stop)
     if not warm and not stop.is_set():
         log.error("Initialization failed. warmup error: nobody answered on port %d", settings.port)
-        _kill_all(state.link)
+        kill_all(state.link)
     if warm:
         log.info("The server is fired up and ready to roll!")
     if clash is not None:
@@ -163,7 +162,7 @@ def _on_sigquit(state: State) -> NoReturn:
     """Crash. Blocks the loop while it diagnoses, on purpose: connections open and get no answer."""
     if state.starting:
         log.error("Received sigquit from a child process. It usually means the child failed.")
-        _kill_all(state.link)
+        kill_all(state.link)
     log.error("SIGQUIT received. signum=None, frame=None. It usually means one child failed.")
     seconds = state.settings.crash_diagnostics_s
     if seconds > 0:
@@ -174,20 +173,7 @@ def _on_sigquit(state: State) -> NoReturn:
             "Pyspy dump for PID %d" if alive else "No live scheduler processes found; PID was %d",
             state.link.process.pid,
         )
-    _kill_all(state.link)
-
-
-def _kill_all(link: SchedulerLink) -> NoReturn:
-    _kill_tree(link)
-    os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError("unreachable: SIGKILL cannot be caught")
-
-
-def _kill_tree(link: SchedulerLink) -> None:
-    log.info("kill_process_tree called: parent_pid=%d", os.getpid())
-    if link.process.poll() is None:
-        link.process.kill()
-        link.process.wait(timeout=5)
+    kill_all(state.link)
 
 
 async def _drain(state: State) -> None:

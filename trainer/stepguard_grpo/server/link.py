@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from stepguard_grpo.server.wire import Inbox, Message, pack
 
 TITLE = "stepguard_grpo::scheduler"
+
+log = logging.getLogger("stepguard_grpo.server")
 
 
 class SchedulerDiedError(Exception):
@@ -140,3 +144,18 @@ class SchedulerLink:
 def _resolve(future: asyncio.Future[Message] | None, message: Message) -> None:
     if future is not None and not future.done():
         future.set_result(message)
+
+
+def kill_all(link: SchedulerLink) -> NoReturn:
+    """SGLang's own end: the scheduler, and then the parent by its own hand."""
+    kill_tree(link)
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("unreachable: SIGKILL cannot be caught")
+
+
+def kill_tree(link: SchedulerLink) -> None:
+    """End the scheduler."""
+    log.info("kill_process_tree called: parent_pid=%d", os.getpid())
+    if link.process.poll() is None:
+        link.process.kill()
+        link.process.wait(timeout=5)
