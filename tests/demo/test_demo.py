@@ -139,6 +139,21 @@ def test_a_server_without_memory_enough_serves_on_one_rung_down(tmp_path: Path) 
     assert guarded["steps"] == 40
 
 
+def test_a_rank_that_dies_at_the_barrier_hangs_nobody_and_both_are_relaunched(tmp_path: Path) -> None:
+    """Incident C: the other rank fails in its collective, and both take the same steps again, bit for bit."""
+    guarded = run_demo(tmp_path / "rank", "--fault", "rank", "--steps", "50")["guarded"]
+    trainer = (tmp_path / "rank/guarded/trainer.log").read_text()
+    assert "in barrier" in trainer, "nobody waited for the dead rank"
+    assert (guarded["garbage_steps"], guarded["holds"], guarded["restarts"]) == (0, 1, 0)
+    assert guarded["relaunches"] == 1
+    records = ground_truth.read(tmp_path / "rank/guarded/run/ground_truth.jsonl")
+    assert {one.rollouts for one in records} == {64}, "the shares of both ranks"
+    before = {one.step: one.reward_mean_true for one in records if one.attempt == 0}
+    after = {one.step: one.reward_mean_true for one in records if one.attempt == 1}
+    assert (max(before), min(after), max(after)) == (25, 21, 50)
+    assert all(before[step] == after[step] for step in range(21, 26))
+
+
 def test_a_step_of_nan_is_taken_back_and_without_stepguard_it_ends_all_learning(tmp_path: Path) -> None:
     """One NaN in a gradient: every weight is lost with it, and no later step can know."""
     found = run_demo(tmp_path / "nan", "--fault", "nan", "--steps", "60", "--compare")

@@ -55,6 +55,7 @@ class TrainConfig:
     server_wait_s: float = 60.0  # how long to wait for the server at the start
     min_step_s: float = 0.0  # steps that are quicker wait; for watching
     raise_in_rollout: int | None = None  # at this step one trajectory of the batch raises, once
+    die_at: int | None = None  # at the end of this step the last rank is killed, in the first attempt alone
     nan_at: int | None = None  # this step's loss is NaN, in the first attempt alone
     ruin_at: int | None = None  # from this step on, three go the wrong way at a high rate, likewise
 
@@ -99,6 +100,7 @@ def parse_arguments(arguments: list[str] | None = None) -> TrainConfig:
     add("--server-wait-s", type=float, default=_default("server-wait-s"), metavar="S")
     add("--min-step-s", type=float, default=0.0, metavar="S", help="slow quick steps down to this")
     add("--raise-in-rollout", type=int, default=None, metavar="STEP", help="fault: one trajectory raises")
+    add("--die-at", type=int, default=None, metavar="STEP", help="fault: the last rank is killed")
     add("--nan-at", type=int, default=None, metavar="STEP", help="fault: a loss that is NaN")
     add("--ruin-at", type=int, default=None, metavar="STEP", help="fault: steps that ruin the policy")
     try:

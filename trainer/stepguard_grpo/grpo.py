@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -97,9 +97,19 @@ def log_probs(policy: LlamaForCausalLM, batch: Tensors) -> tuple[torch.Tensor, t
 
 
 def backward(
-    policy: LlamaForCausalLM, batch: Tensors, old: torch.Tensor, *, clip: float, max_grad_norm: float
+    policy: LlamaForCausalLM,
+    batch: Tensors,
+    old: torch.Tensor,
+    *,
+    clip: float,
+    max_grad_norm: float,
+    average: Callable[[Iterable[torch.nn.Parameter]], None] = lambda parameters: None,
 ) -> LossStats:
-    """Fill the gradients of the clipped objective against the log-probabilities `old` [rows, length - 1]."""
+    """
+    Fill the gradients of the clipped objective against the log-probabilities `old` [rows, length - 1].
+
+    `average` makes them the mean over the ranks, before their norm is clipped.
+    """
     new, entropy = log_probs(policy, batch)
     tokens = batch.output_mask.sum()
     ratio = torch.exp(new - old)
@@ -107,6 +117,7 @@ def backward(
     surrogate = torch.minimum(ratio * gain, ratio.clamp(1 - clip, 1 + clip) * gain)
     loss = -(surrogate * batch.output_mask).sum() / tokens
     loss.backward()
+    average(policy.parameters())
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
     clipped = ((ratio - 1).abs() > clip).float()
     return LossStats(

@@ -12,6 +12,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +32,7 @@ from stepguard_grpo.ground_truth import TruthRecord
 from stepguard_grpo.model import EOS, load_policy, write_base_model
 from stepguard_grpo.rollout import HttpSampler, Rollout, RolloutError, Sampler
 from stepguard_grpo.task import Request
+from stepguard_grpo.team import Team
 from stepguard_grpo.tracking import REWARD, Tracker
 from stepguard_grpo.weights import DiskSync, GroupSync, ServerClient, WeightPushError, WeightSync
 
@@ -105,15 +108,19 @@ def train(
     """
     torch.set_num_threads(1)
     config.run_root.mkdir(parents=True, exist_ok=True)
+    team = Team.from_env()
     own: Guard | None = None
     if guard is None and config.guard:
         from stepguard import Guard  # noqa: PLC0415 - a run without Stepguard does not import it
+        from stepguard.integrations.ranks import over_gloo  # noqa: PLC0415
 
-        guard = own = Guard.from_env()
-    run = Run(config, sampler=sampler, sync=sync, guard=guard)
+        guard = own = Guard.from_env(**over_gloo())
+    run = Run(config, sampler=sampler, sync=sync, guard=guard, team=team)
     record = run.to_the_end()
     if own is not None:
         own.close(None if record.error is None else RuntimeError(record.error))
+    if not team.first:
+        return record
     path = config.run_root / "run_record.json"
     path.write_text(json.dumps(asdict(record), indent=2) + "\n")
     return record
@@ -123,13 +130,21 @@ class Run:
     """One run: policy, optimizer, where it stands, and whom it talks to."""
 
     def __init__(
-        self, config: TrainConfig, *, sampler: Sampler | None, sync: WeightSync | None, guard: Guard | None
+        self,
+        config: TrainConfig,
+        *,
+        sampler: Sampler | None,
+        sync: WeightSync | None,
+        guard: Guard | None,
+        team: Team,
     ) -> None:
         self.config = config
         self.guard = guard
+        self.team = team
         self._base = config.run_root / "base"
-        if not (self._base / "config.json").exists():
+        if team.first and not (self._base / "config.json").exists():
             write_base_model(self._base, config.seed)
+        team.barrier()
         self.learner = _new_learner(config, self._base)
         self.client = ServerClient(config.server_url, timeout_s=config.request_timeout_s)
         self.sampler = sampler or HttpSampler(config.server_url, timeout_s=config.request_timeout_s)
@@ -139,7 +154,7 @@ class Run:
         self.sync = sync or _new_sync(config, self.client)
         self.external = sync is None
         self.step = 0
-        self.attempt = 0 if guard is None else guard.attempt
+        self.attempt = team.of_first(0 if guard is None else guard.attempt)
         self.pushed: str | None = None  # the version that the server took last
         self.log_history: list[dict[str, float]] = []
         self.refused = self.rollbacks = self.resyncs = self.failed_pushes = 0
@@ -154,7 +169,8 @@ class Run:
     def to_the_end(self) -> RunRecord:
         """Train; whatever ends the run is in the record."""
         error: str | None = None
-        tracker = Tracker(self.config.run_root, wandb=self.config.wandb, config=_plain(self.config))
+        wandb = self.config.wandb and self.team.first
+        tracker = Tracker(self.config.run_root, wandb=wandb, config=_plain(self.config))
         try:
             with asyncio.Runner() as runner:
                 try:
@@ -212,10 +228,12 @@ class Run:
         try:
             if self.external:
                 self.client.wait_until_up(self.config.server_wait_s)
-            self.sync.rebuild()
+            if self.team.first:
+                self.sync.rebuild()
         except WeightPushError as error:
             self._push_failed(error)
         self._push()
+        self.team.barrier()
 
     # One step
 
@@ -226,7 +244,8 @@ class Run:
             self._push()  # the last one failed; the batch would be refused as stale
         batch = runner.run(self._roll_out(step))
         in_loss = self._admit(step, batch)
-        if in_loss is None:
+        # One rank of several without a member would have no gradient to give.
+        if in_loss is None or (self.team.world > 1 and min(self.team.all(len(in_loss))) == 0):
             self.refused += 1
             return
         tensors = grpo.to_tensors([entry.member for entry in in_loss])
@@ -239,15 +258,19 @@ class Run:
         self.learner.scheduler.step()
         truth = self._truth(step, batch, in_loss)
         self.step = step
-        ground_truth.append(self.config.run_root / "ground_truth.jsonl", truth)
+        if self.team.first:
+            ground_truth.append(self.config.run_root / "ground_truth.jsonl", truth)
         row = self._row(batch, in_loss, stats)
         self.log_history.append({"step": step, "reward": truth.reward_mean_in_loss or 0.0})
         self._push()
         time.sleep(max(0.0, self.config.min_step_s - (time.monotonic() - began)))
         row["time/step_s"] = time.monotonic() - began
-        tracker.log(row, step=step, of_steps=self.config.steps)
+        if self.team.first:
+            tracker.log(row, step=step, of_steps=self.config.steps)
         if self.config.save_every and step % self.config.save_every == 0:
             self._save()
+        self._perhaps_die(step)
+        self.team.barrier()
         if self.guard is not None:
             self.guard.after_step(
                 step, reward=truth.reward_mean_in_loss, metrics=row, weight_version=str(step)
@@ -255,13 +278,14 @@ class Run:
 
     async def _roll_out(self, step: int) -> Batch:
         config = self.config
-        if self.guard is not None and self.guard.skips(step):
+        if self.guard is not None and self.team.of_first(self.guard.skips(step)):
             self.skipped = 1 + self.skipped  # every later batch moves up by one
             log.warning("the batch of step %d crashed the run twice: taking the next one", step)
         position = step + self.skipped
         requests = task.batch(
             seed=config.seed, step=position, groups=config.groups, group_size=config.group_size
         )
+        requests = self.team.share_of(requests, [request.group_id for request in requests])
         began = time.monotonic()
         if self.guard is not None and config.failures is Failures.MASK:
             outcomes = await self.guard.gather([self._trajectory(request, step) for request in requests])
@@ -329,6 +353,12 @@ class Run:
         else:
             yield
 
+    def _perhaps_die(self, step: int) -> None:
+        """The fault of one rank: it is killed while the others are on their way to the barrier."""
+        last = self.team.rank == self.team.world - 1
+        if step == self.config.die_at and last and self.attempt == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
     def _update(self, tensors: grpo.Tensors, old: torch.Tensor) -> grpo.LossStats:
         self.learner.optimizer.zero_grad(set_to_none=True)
         stats = grpo.backward(
@@ -337,20 +367,31 @@ class Run:
             old,
             clip=self.config.clip,
             max_grad_norm=self.config.max_grad_norm,
+            average=self.team.average,
         )
         self.learner.optimizer.step()
         return stats
 
     def _truth(self, step: int, batch: Batch, in_loss: Sequence[InLoss]) -> TruthRecord:
         current = str(self.step)
+        stale = sum(not entry.failed and entry.weight_version != current for entry in in_loss)
+        shares = self.team.all(
+            (
+                len(batch.requests),
+                sum(entry.failed for entry in in_loss),
+                stale,
+                [rollout.reward for rollout in batch.genuine()],
+                [entry.member.reward for entry in in_loss],
+            )
+        )
         return TruthRecord(
             step=step,
             attempt=self.attempt,
-            rollouts=len(batch.requests),
-            failed_in_loss=sum(entry.failed for entry in in_loss),
-            stale_in_loss=sum(not entry.failed and entry.weight_version != current for entry in in_loss),
-            reward_mean_true=_mean([rollout.reward for rollout in batch.genuine()]),
-            reward_mean_in_loss=_mean([entry.member.reward for entry in in_loss]),
+            rollouts=sum(share[0] for share in shares),
+            failed_in_loss=sum(share[1] for share in shares),
+            stale_in_loss=sum(share[2] for share in shares),
+            reward_mean_true=_mean([reward for share in shares for reward in share[3]]),
+            reward_mean_in_loss=_mean([reward for share in shares for reward in share[4]]),
             committed=True,
             time=time.time(),
         )
@@ -382,6 +423,9 @@ class Run:
     def _push(self) -> None:
         """Bring the current weights to the server; what a failure means is for the configuration to say."""
         version = str(self.step)
+        if not self.team.first:
+            self.pushed = version
+            return
         try:
             with self._phase("SYNC"):
                 self.sync.push(self.learner.policy, version)
@@ -402,8 +446,9 @@ class Run:
     def _resync(self) -> None:
         """The order RESYNC: a server came back and needs a new handshake and the weights."""
         self.pushed = None
-        self.sync.rebuild()
-        self.sync.push(self.learner.policy, str(self.step))
+        if self.team.first:
+            self.sync.rebuild()
+            self.sync.push(self.learner.policy, str(self.step))
         self.pushed = str(self.step)
         self.resyncs += 1
 
@@ -414,6 +459,9 @@ class Run:
         return self.config.run_root / "checkpoints"
 
     def _save(self) -> None:
+        if not self.team.first:
+            self.saved_step = self.step
+            return
         with self._phase("CHECKPOINT"):
             path = checkpoint.save(
                 self._checkpoints,
@@ -452,7 +500,7 @@ class Run:
     def _after_rollback(self, guard: Guard, path: str | None, step: int | None, *, reloaded: bool) -> None:
         if not reloaded:
             self._load_in_place(path, step)
-        self.attempt = guard.attempt
+        self.attempt = self.team.of_first(guard.attempt)
         self.rollbacks += 1
         self._announce()
         log.warning("rolled back to step %d, attempt %d", self.step, self.attempt)

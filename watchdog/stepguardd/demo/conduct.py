@@ -50,9 +50,11 @@ END_TIMEOUT_S: Final = 15.0
 UNGUARDED_AFTER_FAULT_S: Final = 60.0
 STOOD_STILL_S: Final = 20.0
 GRADERS: Final = 4
+RANKS: Final = 2
 _INSIDE_FLAGS: Final = {
     Fault.TRAJECTORY: "--raise-in-rollout",
     Fault.NAN: "--nan-at",
+    Fault.RANK: "--die-at",
     Fault.POLICY: "--ruin-at",
 }
 RISEN: Final = 0.7
@@ -211,7 +213,7 @@ class Arena:
     @property
     def _relaunched(self) -> bool:
         """Whether the daemon starts the trainer: only then can it start it again."""
-        return self._plan.guarded and self._scenario.fault is Fault.TRAINER
+        return self._plan.guarded and self._scenario.fault in {Fault.TRAINER, Fault.RANK}
 
     def _server_command(self) -> list[str]:
         command = self._program.command(self.run_root / "base", self._port)
@@ -219,7 +221,8 @@ class Arena:
 
     def _trainer_command(self) -> list[str]:
         plan, scenario = self._plan, self._scenario
-        command = [sys.executable, "-m", "stepguard_grpo.train"]
+        ranks = ["ranks", str(RANKS)] if scenario.fault is Fault.RANK else ["train"]
+        command = [sys.executable, "-m", f"stepguard_grpo.{ranks[0]}", *ranks[1:]]
         command += ["--server-url", self.url, "--run-root", str(self.run_root)]
         command += ["--steps", str(plan.steps), "--seed", str(plan.seed)]
         command += ["--resume" if self._relaunched else "--no-resume"]

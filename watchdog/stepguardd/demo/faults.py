@@ -38,6 +38,7 @@ class Fault(StrEnum):
     PAUSE = "pause"
     TRAINER = "trainer"
     ACTOR = "actor"
+    RANK = "rank"
     NAN = "nan"
     POLICY = "policy"
     RELAPSE = "relapse"
@@ -161,6 +162,14 @@ SCENARIOS: dict[Fault, Scenario] = {
         holds=1,
         relaunches=1,
     ),
+    Fault.RANK: Scenario(
+        fault=Fault.RANK,
+        story="one of two ranks is killed, and the other waits for it at the barrier",
+        expected="it fails at once, hold, a relaunch of both from the newest good checkpoint",
+        restarts=0,
+        holds=1,
+        relaunches=1,
+    ),
     Fault.ACTOR: Scenario(
         fault=Fault.ACTOR,
         story="SIGSTOP to one of the worker processes that grade: a call that hangs",
@@ -209,7 +218,7 @@ SCENARIOS: dict[Fault, Scenario] = {
 }
 
 
-INSIDE_THE_TRAINER: Final = frozenset({Fault.TRAJECTORY, Fault.NAN, Fault.POLICY})
+INSIDE_THE_TRAINER: Final = frozenset({Fault.TRAJECTORY, Fault.RANK, Fault.NAN, Fault.POLICY})
 """What the trainer is told to do to itself, at a step that is fixed beforehand."""
 
 _CALLS: Final = frozenset({Fault.PAUSE, Fault.WEIGHTS})
