@@ -110,7 +110,7 @@ def goes_on(arena: Arena) -> None:
     until(arena, lambda: last_step(arena) >= at + 5, "steps are taken")
 
 
-def until(arena: Arena, what: Callable[[], bool], words: str, timeout_s: float = 150.0) -> None:
+def until(arena: Arena, what: Callable[[], bool], words: str, timeout_s: float = 240.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not what():
         said = (arena.root / "daemon.log").read_text()[-3000:]
