@@ -112,11 +112,13 @@ class Scheduler:
 
     def _control(self, operation: str, message: Message) -> dict[str, Any]:
         if operation == "pause":
-            self._paused = True
             if message["mode"] == "abort":
                 self._finish(self._engine.abort(None))
             elif message["mode"] == "retract":
                 self._engine.retract()
+            self._last_snapshot = 0.0  # the last one before the pause shows what the pause did
+            self._snapshot(time.monotonic())
+            self._paused = True
         elif operation == "continue":
             self._paused = False
         elif operation == "flush":

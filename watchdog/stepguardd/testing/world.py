@@ -209,6 +209,17 @@ class FakeServer:
             waited_s=PROBE_TIMEOUT_S if info is Answer.TIMEOUT else 0.0,
         )
 
+    def token(self, began: float, now: float) -> GenerationAsked | None:
+        """What `/health_generate`, asked at `began`, has answered by now: not in its first second."""
+        waited_s = now - began
+        answer = self._offered("health", self._answer(now))
+        if answer in {Answer.OK, Answer.TIMEOUT}:
+            if waited_s < HEALTH_GIVES_UP_S and (waited_s < HEALTH_TAKES_S or not self.generates(now)):
+                return None
+            answer = Answer.OK if self.generates(now) else Answer.UNAVAILABLE
+            self.unhealthy = answer is not Answer.OK
+        return GenerationAsked(server=self.name, answer=answer, waited_s=waited_s)
+
     def _answer(self, now: float) -> Answer:
         """How any request that needs no scheduler ends."""
         if self.other is not None:
@@ -687,21 +698,11 @@ class World:
         self.feed(event)
 
     def _await_token(self, fake: FakeServer, began: float) -> None:
-        """SGLang's `/health_generate`: a second at least, and no after twenty, which `/ready` repeats."""
-        waited_s = self.now - began
-        answer = Answer.OK
-        if "health" in fake.lacks:
-            answer = Answer.NOT_OFFERED
-        elif not fake.up(self.now):
-            answer = Answer.REFUSED
-        elif waited_s >= HEALTH_GIVES_UP_S:
-            answer, fake.unhealthy = Answer.UNAVAILABLE, True
-        elif waited_s < HEALTH_TAKES_S or not fake.generates(self.now):
+        event = fake.token(began, self.now)
+        if event is None:
             self._later(TICK_S, functools.partial(self._await_token, fake, began))
-            return
         else:
-            fake.unhealthy = False
-        self._answered("token", GenerationAsked(server=fake.name, answer=answer, waited_s=waited_s))
+            self._answered("token", event)
 
     def _sample(self) -> None:
         for fake in self.servers.values():
