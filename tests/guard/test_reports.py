@@ -43,6 +43,7 @@ EXAMPLES: list[dict[str, Any]] = [
     {"kind": "ack", "attempt": 0, "generation": 7, "order": "RESYNC", "ok": True, "detail": ""},
     {"kind": "memory", "attempt": 0, "cgroup": "/job", "identity": 42, "total": 3, "new": 1},
     {"kind": "call_failed", "attempt": 0, "what": "reward", "error": "timeout"},
+    {"kind": "requests_failed", "attempt": 0, "in_a_row": 8, "error": "ConnectError"},
     {"kind": "calls_hung", "attempt": 0, "what": "reward", "failed": 40, "calls": 200},
 ]
 EXAMPLES = [{"v": 1} | example for example in EXAMPLES]

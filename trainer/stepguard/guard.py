@@ -37,6 +37,7 @@ from stepguard.presence import Presence, whole_number
 from stepguard.ranks import Broadcast, Collect, Ranks
 from stepguard.reports import Batch, number, numbers
 from stepguard.settings import GuardSettings
+from stepguard.streak import RequestStreak
 from stepguard.verdict import Jury
 
 T = TypeVar("T")
@@ -91,6 +92,7 @@ class Guard:
         self._log = OnceLog(self._logger)
         self._failures = isolation.FailureLog(self._logger)
         self._fuse = CallFuse()
+        self._streak = RequestStreak(self._tell_streak)
         self._mass_told_s: float | None = None
         self._clock_ns = clock_ns
         self._sleep = sleep
@@ -187,7 +189,7 @@ class Guard:
         self._presence.enter(Phase.ROLLOUT)
         try:
             return await isolation.gather(
-                items, fanout=fanout, passing=_PASSING, log=self._failures, on_done=self._presence.progressed
+                items, fanout=fanout, passing=_PASSING, log=self._failures, on_done=self._trajectory_ended
             )
         finally:
             self._gathers -= 1
@@ -624,6 +626,21 @@ class Guard:
             clock_ns=self._clock_ns,
             sleep=self._sleep,
             log=self._log,
+        )
+
+    def _trajectory_ended(self, error: BaseException | None) -> None:
+        self._presence.progressed()
+        self._streak.ended(error)
+
+    def _tell_streak(self, in_a_row: int, error: str) -> None:
+        self._link.send(
+            {
+                "v": 1,
+                "kind": "requests_failed",
+                "attempt": self._presence.attempt,
+                "in_a_row": in_a_row,
+                "error": error,
+            }
         )
 
     def _count(self, tally: Tally) -> None:

@@ -73,7 +73,7 @@ async def gather(
     fanout: int | None = None,
     passing: tuple[type[BaseException], ...] = (),
     log: FailureLog,
-    on_done: Callable[[], None],
+    on_done: Callable[[BaseException | None], None],
 ) -> list[Any]:
     """
     Await all, each on its own.
@@ -84,7 +84,7 @@ async def gather(
             the others: where they are lists it is a list, as long as theirs if these agree, else of one.
         passing: exceptions that are no failure of a trajectory; one ends the batch and is raised.
         log: where failures are noted.
-        on_done: called as each one ends.
+        on_done: called as each one ends, with its error; None for a result.
 
     Returns:
         The outcomes, shaped as the items.
@@ -121,7 +121,7 @@ async def gather(
 
 async def alone(item: Any, *, log: FailureLog) -> Any:
     """Await one: its result, or `Aborted(exception)`, noted in the log; cancelling still cancels."""
-    (outcome,) = await gather([item], fanout=0, log=log, on_done=lambda: None)
+    (outcome,) = await gather([item], fanout=0, log=log, on_done=lambda error: None)
     return outcome
 
 
@@ -137,7 +137,7 @@ def abandon(items: Iterable[Any]) -> None:
 async def _all_ended(
     futures: Iterable[asyncio.Future[Any]],
     passing: tuple[type[BaseException], ...],
-    on_done: Callable[[], None],
+    on_done: Callable[[BaseException | None], None],
 ) -> None:
     """Return when all have ended; raise at once what must not be kept in a batch."""
     import asyncio  # noqa: PLC0415 - importing stepguard must stay cheap
@@ -149,8 +149,8 @@ async def _all_ended(
 
     def note(future: asyncio.Future[Any]) -> None:
         waiting.discard(future)
-        on_done()
         error = None if future.cancelled() else future.exception()  # asked for, or asyncio complains
+        on_done(asyncio.CancelledError() if future.cancelled() else error)
         if ended.done():
             return
         if error is not None and (isinstance(error, passing) or not isinstance(error, Exception)):

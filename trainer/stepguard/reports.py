@@ -129,6 +129,16 @@ class CallsHung(TypedDict):
     calls: int
 
 
+class RequestsFailed(TypedDict):
+    """Requests failed on their way, so many in a row (see `streak`); 0 when one was answered again."""
+
+    v: int
+    kind: Literal["requests_failed"]
+    attempt: int
+    in_a_row: int
+    error: str
+
+
 class Memory(TypedDict):
     """
     The kernel's kills for memory in the trainer's own cgroup, which a daemon in another cannot see.
@@ -161,7 +171,7 @@ class Bye(TypedDict):
     detail: str
 
 
-Report = Hello | Batch | Step | Saved | Ack | CallFailed | CallsHung | Memory | Bye
+Report = Hello | Batch | Step | Saved | Ack | CallFailed | CallsHung | RequestsFailed | Memory | Bye
 
 
 class BadReport(ValueError):  # noqa: N818 - named after what is wrong
@@ -378,6 +388,7 @@ _FIELDS: Final[dict[str, dict[str, Callable[[object], bool]]]] = {
         "detail": _text,
     },
     "call_failed": {"attempt": _count, "what": _text, "error": _text},
+    "requests_failed": {"attempt": _count, "in_a_row": _count, "error": _text},
     "calls_hung": {"attempt": _count, "what": _text, "failed": _count, "calls": _count},
     "memory": {"attempt": _count, "cgroup": _text, "identity": _count, "total": _count, "new": _count},
     "bye": {

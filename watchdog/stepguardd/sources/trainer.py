@@ -24,6 +24,7 @@ from ..core.events import (
     Event,
     OrderAcknowledged,
     Proc,
+    RequestsFailed,
     StepCommitted,
     TrainerExited,
     TrainerLeft,
@@ -124,6 +125,10 @@ def event_of(report: Report) -> Event | None:
                 step=report["step"],
                 path=utf8(report["path"]),
                 norms={utf8(name): number(value) for name, value in norms.items()},
+            )
+        case "requests_failed":
+            return RequestsFailed(
+                attempt=report["attempt"], in_a_row=report["in_a_row"], error=utf8(report["error"])
             )
         case "calls_hung":
             return CallsHung(
