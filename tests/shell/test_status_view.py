@@ -48,6 +48,7 @@ WORST: dict[str, Any] = {
         "known_to": "somebody " * 40,
     },
     "gpus": [{"index": i, "used_bytes": 79 << 30, "total_bytes": 80 << 30} for i in range(64)],
+    "unseen": {f"source {i} " * 9: "for a reason " * 9 for i in range(30)},
     "host": {"available_bytes": 1 << 30, "total_bytes": 2 << 40, "oom_kills": 10**9},
     "rewards": [i / 60 for i in range(60)],
     "warnings": ["beware " * 100] * 50,
@@ -60,6 +61,14 @@ def test_the_worst_case_fits_one_screen() -> None:
     assert len(lines) < 24, "the prompt needs a line, too"
     assert max(map(len, lines)) <= 80
     assert any("and 297 more, 100 of them serving" in line for line in lines)
+
+
+def test_what_is_unseen_is_named_while_nothing_is_wrong() -> None:
+    unseen = {"/metrics": "not offered by s", "GPUs": "no driver"}
+    assert "Unseen   /metrics, GPUs" in [line.rstrip() for line in drawn({**WELL, "unseen": unseen})]
+    assert not any("Unseen" in line for line in drawn(WELL))
+    assert not any("Unseen" in line for line in drawn(WORST))
+    assert len(drawn({**WORST, "incident": None})) < 24
 
 
 def test_the_worst_servers_are_shown_first() -> None:

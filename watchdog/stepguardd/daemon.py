@@ -456,7 +456,8 @@ class Daemon:
             lost_rows=self.journal.lost_rows,
             journal_failure=self.journal.failure,
         )
-        return {**found, **self._surroundings.status(), "page": self._web.facts()}
+        unseen = {**status.unseen(self.state), **self._surroundings.unseen}
+        return {**found, **self._surroundings.status(), "unseen": unseen, "page": self._web.facts()}
 
     async def ask(self, verb: Verb, who: str, why: str, args: Mapping[str, object]) -> Mapping[str, object]:
         """

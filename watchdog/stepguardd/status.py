@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 import stepguard
 
 from .core import budget, ledger
+from .core.events import Answer
 from .core.state import Incident, Server, ServerState, State
 from .oneline import one_line
 
@@ -79,6 +81,44 @@ def of(
         "version": stepguard.__version__,
         "uptime_s": round(now - started_at, 3),
     }
+
+
+_UNOFFERED: Final = {
+    "ready": "a pause shows only by requests that wait",
+    "metrics": "requests and tokens are unknown: start it with --enable-metrics",
+    "server_info": "a pause is not told from a freeze",
+    "loads": "its scheduler's snapshots are not seen",
+    "health": "it cannot be asked for a token",
+}
+_NAMED_MAX: Final = 3
+
+
+def unseen(state: State) -> dict[str, str]:
+    """What is unknown of servers and why, by what would tell it; nothing before it was looked for."""
+    found = {}
+    for endpoint, loss in _UNOFFERED.items():
+        lacking = [server.name for server in state.servers if _lacks(server, endpoint)]
+        if lacking:
+            path = "/v1/loads" if endpoint == "loads" else f"/{endpoint}"
+            found[path] = f"not offered by {_few(lacking)}: {loss}"
+    usable = {ServerState.SERVING, ServerState.PLANNED}
+    afar = [server.name for server in state.servers if server.state in usable and not server.procs]
+    if afar:
+        lost = "a death shows by the port alone, a stopped process by its silence"
+        found["processes"] = f"those of {_few(afar)} are not seen from here: {lost}"
+    return found
+
+
+def _lacks(server: Server, endpoint: str) -> bool:
+    """Whether it has no such endpoint, or one that tells nothing that is known here."""
+    said = getattr(server.endpoints, endpoint)
+    untold = endpoint == "metrics" and said is Answer.OK and server.tokens is None
+    return said is Answer.NOT_OFFERED or untold
+
+
+def _few(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED_MAX
+    return ", ".join(names[:_NAMED_MAX]) + (f" and {more} more" if more > 0 else "")
 
 
 def line(state: State) -> str:

@@ -122,6 +122,9 @@ def _facts(status: StatusDict) -> Table:
         table.add_row("GPUs", _gpus(gpus))
     if host := status.get("host"):
         table.add_row("Host", _host(host))
+    unseen = status.get("unseen")
+    if unseen and not status.get("incident"):  # in an incident the screen is for what is known
+        table.add_row("Unseen", Text(_cut(", ".join(unseen), WIDTH), "dim"))
     return table
 
 
