@@ -119,25 +119,17 @@ def test_the_guard_tells_of_it_while_the_batch_still_runs(
 ) -> None:
     guard = guards()
 
-    async def batch() -> list[object]:
-        told = asyncio.Event()
+    async def fails() -> None:
+        raise refused()
 
-        async def fails() -> None:
-            raise refused()
+    async def batch() -> list[object]:
+        failing = [asyncio.ensure_future(fails()) for _ in range(TOLD_FROM)]
 
         async def the_last() -> int:
-            await asyncio.wait_for(told.wait(), 20)
-            return 1
+            await asyncio.wait(failing)
+            return len(daemon.of_kind("requests_failed"))
 
-        async def look() -> None:
-            while not daemon.of_kind("requests_failed"):  # noqa: ASYNC110 - a datagram that is waited for
-                await asyncio.sleep(0.01)
-            told.set()
-
-        looking = asyncio.ensure_future(look())
-        outcomes = await guard.gather([*(fails() for _ in range(TOLD_FROM)), the_last()])
-        await looking
-        return outcomes
+        return await guard.gather([*failing, the_last()])
 
     assert asyncio.run(batch())[-1] == 1
     first, last = daemon.of_kind("requests_failed")
