@@ -194,6 +194,21 @@ def test_a_server_left_out_for_its_weights_serves_again_once_the_trainer_has_pus
     assert world.server("a").state is ServerState.SERVING
 
 
+def test_a_server_left_out_is_tried_again_once_its_budget_is_whole() -> None:
+    """Whatever it was may be over by then; nobody has to come for it."""
+    world = World("a", "b", settings=PUSH)
+    world.servers["a"].can_start = False
+    world.kill("a")
+    world.run(300)
+    stops = len(world.all(StopServer))
+    assert world.server("a").state is ServerState.DEAD
+    assert stops == PUSH.restart_budget
+    world.servers["a"].can_start = True
+    world.run(2 * PUSH.restart_window_s, until=lambda: world.server("a").state is ServerState.SERVING)
+    assert world.server("a").state is ServerState.SERVING
+    assert len(world.all(StopServer)) == stops + 1
+
+
 def test_the_last_server_of_a_quorum_locks_the_run_out() -> None:
     world = World("a", "b", settings=PUSH, trainer=FakeTrainer(can_resync=False))
     for name in ("a", "b"):

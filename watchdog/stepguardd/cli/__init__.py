@@ -34,6 +34,7 @@ COMMANDS = {
     "init": "Write a config for what runs on this machine.",
     "doctor": "Check this machine: is all well, and what helps if not.",
     "demo": "A real training run with a real fault, protected.",
+    "simulate": "Days of a run in minutes, faults and all.",
     "drill": "Strike a server of a staging run; a scorecard.",
     "config": "Check, show and explain the configuration.",
     "checkpoints": "List, vet and choose checkpoints.",

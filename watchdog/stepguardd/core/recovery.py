@@ -188,10 +188,22 @@ def sampled(turn: Turn, server: Server, event: TreeSampled) -> None:
         _canary(turn, server)
 
 
+def _try_again(turn: Turn, server: Server) -> None:
+    """A server that was given up, while the run goes on without it: once its whole budget is there again."""
+    settings, reason = turn.state.settings, server.reason or Reason.SERVER_DIED
+    if server.state is not ServerState.DEAD or not server.managed or turn.state.lockout is not None:
+        return
+    limit = settings.restart_budget
+    left = budget.left(server.budget, now=turn.now, limit=limit, window_s=server.window_s(settings))
+    if 0 < limit <= left and turn.may_act(reason):
+        restart(turn, server, reason)
+
+
 def ticked(turn: Turn, server: Server) -> None:
-    """The timeouts of each stage."""
+    """The timeouts of each stage, and another try of a server that was left out."""
     repair, settings = server.repair, turn.state.settings
     if repair is None:
+        _try_again(turn, server)
         return
     waited_s = turn.now - repair.since
     match repair.stage:

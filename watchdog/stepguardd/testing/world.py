@@ -287,6 +287,7 @@ class World:
         trainer: None for a run whose trainer does not report.
         running: whether the servers were running, with the trainer's weights, before the daemon came.
         target: what a search for a checkpoint finds; None for nothing.
+        tick_s: between two ticks of the daemon; the longer, the faster a long run is played.
 
     """
 
@@ -298,11 +299,12 @@ class World:
         trainer: FakeTrainer | None = None,
         running: bool = True,
         target: tuple[int, str] | None = (1, "/checkpoints/1"),
+        tick_s: float = TICK_S,
     ) -> None:
         fakes = [one if isinstance(one, FakeServer) else FakeServer(name=one) for one in servers or ("s",)]
         self.servers = {fake.name: fake for fake in fakes}
         self.trainer = FakeTrainer() if trainer is None else trainer
-        self.target = target
+        self.target, self._tick_s = target, tick_s
         self.now = 1000.0
         self.state: State = initial(
             settings or Settings(push_weights=True),
@@ -553,7 +555,7 @@ class World:
     # ---- the fakes at work --------------------------------------------------------------------------
 
     def _tick(self) -> None:
-        self.now += TICK_S
+        self.now += self._tick_s
         for fake in self.servers.values():
             fake.work(self.now, rollouts=self.trainer.phase == "ROLLOUT")
         self._obey()
