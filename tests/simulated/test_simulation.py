@@ -1,12 +1,12 @@
 """Simulated days: nothing comes out that never may, and the simulator itself can tell."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from stepguardd.core import holding
 from stepguardd.core.state import Settings
-from stepguardd.testing import simulation
+from stepguardd.testing import World
 from stepguardd.testing.simulation import simulate
 from stepguardd.testing.strikes import STORIES, SimFault
 
@@ -45,30 +45,37 @@ def test_the_same_seed_gives_the_same_day_and_another_one_another() -> None:
     assert first.trace != other.trace
 
 
-def test_a_core_that_holds_the_healthy_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = holding.why_down
+class Jumpy(World):
+    """It holds for no reason, from minute 20 on."""
 
-    def trigger_happy(state: object) -> object:
-        found = real(state)  # type: ignore[arg-type]
-        late = state.trainer.step is not None and state.trainer.step > 20  # type: ignore[attr-defined]
-        return holding.Reason.SERVER_DIED if found is None and late else found
+    @property
+    def order(self) -> str:
+        return "HOLD" if 2200.0 < self.now < 2300.0 else super().order
 
-    monkeypatch.setattr(holding, "why_down", trigger_happy)
-    day = simulate(1, 1.0, faults=())
+
+class Blind(World):
+    """Every batch is good enough for it."""
+
+    def batch(self, reward: float | None = None, **about: Any) -> bool:
+        super().batch(reward, **about)
+        return True
+
+
+def test_a_hold_of_a_healthy_run_is_found_out() -> None:
+    day = simulate(1, 1.0, faults=(), world=Jumpy)
     assert any("a healthy run was held" in what for what in day.wrong)
 
 
-def test_a_core_that_lets_garbage_through_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulation.World, "batch", lambda *_, **__: True)
-    day = simulate(2, 0.6, faults=(SimFault.KILL,), healthy_s=60.0)
+def test_garbage_that_is_let_through_is_found_out() -> None:
+    day = simulate(2, 0.6, faults=(SimFault.KILL,), healthy_s=60.0, world=Blind)
     assert any("was taken on garbage" in what for what in day.wrong)
 
 
-def test_a_core_that_never_lets_go_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It restarts nothing, and a person's word changes nothing."""
-    monkeypatch.setattr(simulation, "PERSON_COMES_S", 1e9)
-    patient = replace(Settings(), restart_budget=0, locked_out_hold_s=1e9)
-    day = simulate(2, 0.5, settings=patient, faults=(SimFault.KILL,), healthy_s=60.0)
+def test_a_run_that_never_goes_on_is_found_out() -> None:
+    """Nothing is restarted, and nobody comes."""
+    none = replace(Settings(), restart_budget=0, locked_out_hold_s=1e9)
+    kill = (SimFault.KILL,)
+    day = simulate(2, 0.5, settings=none, faults=kill, healthy_s=60.0, person_comes_s=1e9)
     assert any("stuck after" in what for what in day.wrong)
 
 

@@ -29,7 +29,6 @@ QUIET_S = 120.0
 """A hold this long after the last fault was over, with nothing left of it, is a false one."""
 PATIENCE_S = 2 * 3600.0
 """Without GO so long after the last fault was over, the run is stuck."""
-PERSON_COMES_S = 600.0
 TOGETHER = 0.25
 """How often a second fault comes while the first one is not over."""
 
@@ -89,6 +88,8 @@ def simulate(
     settings: Settings | None = None,
     faults: tuple[SimFault, ...] = tuple(SimFault),
     healthy_s: float = 1200.0,
+    person_comes_s: float = 600.0,
+    world: type[World] = World,
 ) -> Day:
     """
     One run of so many hours.
@@ -99,40 +100,45 @@ def simulate(
         settings: the core's figures; what the seed says of weights and of a managed trainer goes over them.
         faults: which may happen; () for a healthy run. Of more than three a seed leaves some out.
         healthy_s: the mean time between the end of one trouble and the next.
+        person_comes_s: how long after a call somebody is there.
+        world: what the decisions act on.
 
     """
-    return _Run(seed, hours, settings or Settings(), faults, healthy_s).day()
+    run = _Run(seed, hours, settings or Settings(), faults, world)
+    run.healthy_s, run.person_comes_s = healthy_s, person_comes_s
+    return run.day()
 
 
 class _Run:
     def __init__(
-        self, seed: int, hours: float, settings: Settings, faults: tuple[SimFault, ...], healthy_s: float
+        self, seed: int, hours: float, settings: Settings, faults: tuple[SimFault, ...], world: type[World]
     ) -> None:
+        self.healthy_s = self.person_comes_s = 600.0
         dice = self._dice = Random(seed)
         count = dice.choice([1, 1, 2, 3, 4, 8])
         push, managed = dice.random() < 0.5, dice.random() < 0.5
         load_s = dice.uniform(5.0, 240.0)
         drawn = tuple(fault for fault in faults if len(faults) <= 3 or dice.random() < 0.7)
         self._faults = drawn or faults
-        self._healthy_s = healthy_s
         self._rollout_s, self._train_s = dice.uniform(3.0, 90.0), dice.uniform(1.0, 30.0)
         self._sync_pauses = dice.random() < 0.5
         self._noise = dice.uniform(0.01, 0.05)
         fakes = [FakeServer(name=f"s{n}", load_s=load_s * dice.uniform(0.8, 1.2)) for n in range(count)]
         trainer = FakeTrainer(managed=managed, handles_resync=not push or dice.random() < 0.5)
         settings = replace(settings, push_weights=push, trainer_managed=managed)
-        self.world = World(*fakes, settings=settings, trainer=trainer, tick_s=LOOK_S)
+        self.world = world(*fakes, settings=settings, trainer=trainer, tick_s=LOOK_S)
         self._day = Day(seed=seed, hours=hours, servers=count)
         self._end = self.world.now + hours * 3600.0
         self._rewards = Rewards()
         self._open: list[tuple[Struck, Undo | None]] = []
-        self._next = self.world.now + dice.expovariate(1.0 / healthy_s)
+        self._next = self.world.now
         self._quiet_from = self.world.now
         self._person_at: float | None = None
         self._saved = [(0, "/checkpoints/0")]
 
     def day(self) -> Day:
         """Play it."""
+        self._next += self._dice.expovariate(1.0 / self.healthy_s)
         try:
             while self.world.now < self._end or self._open:
                 self._one_step()
@@ -314,7 +320,7 @@ class _Run:
         for fake in self.world.servers.values():
             fake.busy = True
         self._quiet_from = now + QUIET_S
-        self._next = now + QUIET_S + self._dice.expovariate(1.0 / self._healthy_s)
+        self._next = now + QUIET_S + self._dice.expovariate(1.0 / self.healthy_s)
 
     def _perhaps_call_a_person(self) -> None:
         """Whoever is called comes after ten minutes, and mends what the core handed over."""
@@ -323,11 +329,11 @@ class _Run:
         left_out = [one for one in state.servers if one.state.value in {"dead", "stale"} and not one.repair]
         called = state.trip is not None and state.trip.kind == "called"
         if self._person_at is None and (state.lockout is not None or called or helpless or left_out):
-            self._person_at = world.now + PERSON_COMES_S
+            self._person_at = world.now + self.person_comes_s
         if self._person_at is not None and world.now >= self._person_at:
             for struck, _ in self._open:
                 struck.called = True
-            self._person_at = world.now + PERSON_COMES_S
+            self._person_at = world.now + self.person_comes_s
             self._mend()
         last = max(struck.over for struck, _ in self._open)
         if world.now - last > PATIENCE_S:
