@@ -32,7 +32,7 @@ def simulate(
     seeds: Annotated[int, typer.Option(min=1, help="How many runs, each with a seed of its own.")] = 5,
     hours: Annotated[float, typer.Option(min=0.01, help="How long each run is, on its own clock.")] = 12.0,
     fault: Annotated[
-        list[SimFault] | None, typer.Option(help="Only these faults; may be given more than once.")
+        list[SimFault] | None, typer.Option(metavar="FAULT", help="Only these (--list); may be repeated.")
     ] = None,
     healthy: Annotated[bool, typer.Option("--healthy", help="No fault at all: is anything held?")] = False,
     list_faults: Annotated[bool, typer.Option("--list", help="Name the faults, and do nothing.")] = False,
