@@ -17,7 +17,6 @@ from .events import (
 from .giving_up import lock_out
 from .reasons import Reason
 from .state import (
-    REWARDS_KEPT,
     Mode,
     ServerState,
     State,
@@ -177,14 +176,17 @@ def _witnesses(state: State) -> frozenset[reward.Witness]:
 
 
 def logged(turn: Turn, event: RewardLogged) -> None:
-    """A logged stream judges only a run whose trainer does not report by itself."""
+    """
+    A logged stream judges only a run whose trainer does not report by itself.
+
+    Each launch of such a trainer is an attempt: after a relaunch its steps come again.
+    """
     position = turn.state.stream_position if event.position is None else event.position
     turn.state = replace(turn.state, stream_step=event.step, stream_position=position)
     if turn.state.trainer.pid is not None:
         return
-    turn.state = replace(turn.state, rewards=(*turn.state.rewards, event.reward)[-REWARDS_KEPT:])
     seen = reward.Observation(
-        attempt=0,
+        attempt=turn.state.trainer.launches,
         step=event.step,
         value=event.reward,
         metrics=event.metrics,
@@ -247,7 +249,7 @@ def settle_trip(turn: Turn) -> None:
     elif state.phase is Phase.SHADOW:
         if trip.infra:
             turn.state = replace(state, trip=None)
-    elif trip.kind == "called" or state.lockout is not None:
+    elif state.lockout is not None or (trip.kind == "called" and not _goes_on_unheld(state, trip)):
         return
     elif trip.reason is Reason.ROLLOUTS_FAILED and not trip.infra:
         _try_again(turn, trip)
@@ -259,6 +261,12 @@ def settle_trip(turn: Turn) -> None:
         turn.state = replace(state, trip=None)
     else:
         call(turn, trip, "the policy or the reward function")
+
+
+def _goes_on_unheld(state: State, trip: Trip) -> bool:
+    """Without the guard it trains on while a person is waited for: what the config says is due."""
+    poisoned = garbage_steps(state, trip.onset_step) >= state.settings.poison_steps
+    return state.trainer.pid is None and poisoned and state.settings.on_policy_collapse == "rollback"
 
 
 def _must_go_back(state: State, trip: Trip) -> bool:

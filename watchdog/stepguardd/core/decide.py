@@ -130,7 +130,7 @@ def _take_in(turn: Turn, event: Event) -> None:
         case OrderAcknowledged():
             _on_ack(turn, event)
         case RewardLogged():
-            batches.logged(turn, event)
+            _on_logged(turn, event)
         case CheckpointSaved() | CheckpointVetted() | CheckpointPinned() | CheckpointGone():
             _on_checkpoint(turn, event)
         case OomSeen():
@@ -326,6 +326,17 @@ def _on_step(turn: Turn, event: StepCommitted) -> None:
         metrics=event.metrics,
     )
     probation.stepped(turn, event)
+
+
+def _on_logged(turn: Turn, event: RewardLogged) -> None:
+    """A row of a trainer without the guard is also its word that the step was taken."""
+    batches.logged(turn, event)
+    trainer = turn.state.trainer
+    if trainer.pid is None:
+        step = StepCommitted(
+            attempt=trainer.launches, step=event.step, reward=event.reward, metrics=event.metrics
+        )
+        _on_step(turn, step)
 
 
 def _on_tick(turn: Turn) -> None:
