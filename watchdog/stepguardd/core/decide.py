@@ -15,6 +15,7 @@ from . import (
     batches,
     budget,
     checkpoints,
+    cluster,
     fleet,
     holding,
     opinions,
@@ -46,6 +47,9 @@ from .events import (
     GpuTroubled,
     LogSeen,
     MemoryPressed,
+    NodeAcknowledged,
+    NodeJoined,
+    NodeLost,
     OomSeen,
     OperatorAsked,
     OrderAcknowledged,
@@ -143,6 +147,12 @@ def _take_in(turn: Turn, event: Event) -> None:
             relaunch.goodbye(turn, event)
         case TrainerTree():
             relaunch.tree(turn, event)
+        case NodeJoined():
+            cluster.joined(turn, event)
+        case NodeAcknowledged():
+            cluster.acknowledged(turn, event)
+        case NodeLost():
+            cluster.lost(turn, event)
         case OperatorAsked():
             people.asked(turn, event)
         case DaemonStarted():
@@ -396,3 +406,5 @@ def _on_start(turn: Turn, event: DaemonStarted) -> None:
             if server.state is not ServerState.STARTING:  # that one waits for its first word
                 recovery.verify(turn, server, Reason.RECONCILING)
     turn.commands.append(PublishGate(gate=gate))
+    if event.gate_generation > state.gate.generation and state.nodes:
+        cluster.overtake(turn, gate.generation)

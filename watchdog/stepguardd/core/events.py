@@ -398,6 +398,31 @@ class MemoryPressed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NodeJoined:
+    """The agent of another machine is there; what its gate page said when it came."""
+
+    node: str
+    gate_order: str
+    gate_generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeAcknowledged:
+    """The gate page of another machine says what ours did under this generation."""
+
+    node: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeLost:
+    """Another machine was silent for longer than one may be, or never came."""
+
+    node: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tick:
     """Time passed. Every timeout of the core is looked at here."""
 
@@ -430,5 +455,8 @@ Event = (
     | OomSeen
     | GpuTroubled
     | MemoryPressed
+    | NodeJoined
+    | NodeAcknowledged
+    | NodeLost
     | Tick
 )

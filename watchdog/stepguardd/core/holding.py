@@ -6,7 +6,7 @@ All of it is worked out of the state after each event; nothing here is asked for
 
 from dataclasses import replace
 
-from . import levels
+from . import cluster, levels
 from .alerts.facts import evidence
 from .breaker import Phase, Trigger, move
 from .commands import PublishGate
@@ -39,6 +39,9 @@ def _held(state: State) -> Reason | None:
         return state.lockout.reason
     if state.pause is not None:
         return Reason.OPERATOR_PAUSE
+    apart = cluster.why_lost(state)
+    if apart is not None:
+        return apart
     outage = why_down(state)
     if outage is not None:
         return outage
@@ -48,7 +51,7 @@ def _held(state: State) -> Reason | None:
         return state.rollback.reason
     if state.relaunch is not None and not state.relaunch.first:
         return state.relaunch.cause
-    return Reason.RECONCILING if state.reconciling else None
+    return Reason.RECONCILING if state.reconciling else cluster.why_joining(state)
 
 
 def wanted_order(state: State) -> tuple[GateOrder, Reason | None, int]:
@@ -148,7 +151,7 @@ def _settle_breaker(turn: Turn) -> None:
             _open_incident(turn, state.lockout.reason)
         to(turn, Trigger.GIVE_UP)
     elif held is not None and state.phase in {Phase.CLOSED, Phase.HALF_OPEN}:
-        if _starting(state) or held is Reason.RECONCILING:
+        if _starting(state) or held in {Reason.RECONCILING, Reason.NODES_JOINING}:
             return  # the first start, or the first look after a restart, is no incident
         _open_incident(turn, held)
         to(turn, Trigger.TRIP)
@@ -178,7 +181,7 @@ def _starting(state: State) -> bool:
     )
     free = (state.trip, state.pause, state.rollback) == (None, None, None)
     free = free and (state.relaunch is None or state.relaunch.first)
-    return bool(down) and first and free
+    return bool(down) and first and free and cluster.why_lost(state) is None
 
 
 def _shadow(turn: Turn, held: Reason | None) -> None:
@@ -229,8 +232,8 @@ def to(turn: Turn, trigger: Trigger) -> None:
 
 def _settle_gate(turn: Turn) -> None:
     """Publish the gate when its order has to change: first of all commands, in one write with a verdict."""
+    order, reason, at_least = _agreed_order(turn)
     state = turn.state
-    order, reason, at_least = wanted_order(state)
     gate = state.gate
     rollback = state.rollback if order is GateOrder.ROLLBACK else None
     why = "" if reason is None else reason.value
@@ -251,6 +254,22 @@ def _settle_gate(turn: Turn) -> None:
     generation = gate.generation if same_order else max(gate.generation + 1, at_least)
     turn.state = replace(state, gate=replace(wanted, generation=generation))
     _publish_first(turn)
+
+
+def _agreed_order(turn: Turn) -> tuple[GateOrder, Reason | None, int]:
+    """The order that the state asks for; where it is GO, a hold until every other machine says so too."""
+    state = turn.state
+    order, reason, at_least = wanted_order(state)
+    if order is not GateOrder.GO or not state.nodes or state.phase is Phase.SHADOW:
+        if state.clearing is not None:
+            turn.state = replace(state, clearing=None)
+        return order, reason, at_least
+    if state.gate.order is GateOrder.GO or cluster.agreed(state):
+        turn.state = replace(state, clearing=None)
+        return order, reason, at_least
+    if state.clearing is None:
+        turn.state = replace(state, clearing=state.gate.generation + 1)
+    return GateOrder.HOLD, Reason.NODES_AGREE, turn.state.clearing or 0
 
 
 def _publish_first(turn: Turn) -> None:

@@ -141,6 +141,14 @@ class Reason(StrEnum):
     PROBATION_FAILED = "probation_failed"
     """The rewards after a recovery are not what they were before the incident."""
 
+    # --- Other machines of the run
+    NODES_JOINING = "nodes_joining"
+    """Not every machine's agent has come yet."""
+    NODES_AGREE = "nodes_agree"
+    """Nothing holds the run any more, and not every machine has said so yet."""
+    NODE_LOST = "node_lost"
+    """A machine's agent is silent: the machine, its network or the agent is gone, or frozen."""
+
     # --- Checkpoints
     CHECKPOINT_BAD = "checkpoint_bad"
     PIN_REFUSED = "pin_refused"

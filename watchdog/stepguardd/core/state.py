@@ -67,6 +67,14 @@ LEGAL: frozenset[tuple[ServerState, ServerState]] = frozenset(
 )
 
 
+class NodeState(Enum):
+    """What is known of another machine of the run."""
+
+    JOINING = "joining"  # its agent has not come yet
+    PRESENT = "present"
+    LOST = "lost"
+
+
 class Hands(Enum):
     """Who makes a server that the daemon may restart."""
 
@@ -353,6 +361,21 @@ class Gate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """
+    Another machine of the run.
+
+    `acked_generation` is the newest that its gate page is known to show; `why` is how it was lost.
+    """
+
+    name: str
+    state: NodeState = NodeState.JOINING
+    since: float = 0.0
+    acked_generation: int = -1
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Trip:
     """
     A batch or a stream that no optimizer step may be taken on, until its cause is found.
@@ -529,6 +552,9 @@ class State:
     stall: Stall = field(default_factory=Stall)
     stream_step: int | None = None
     stream_position: str | None = None
+    nodes: tuple[Node, ...] = ()
+    clearing: int | None = None
+    """The generation of the hold under which the nodes agree that the run may go on."""
 
 
 def initial(settings: Settings, mode: Mode, servers: tuple[Server, ...]) -> State:

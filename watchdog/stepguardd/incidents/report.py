@@ -570,6 +570,7 @@ _REASONS: Final[Mapping[Reason, str]] = {
     Reason.REQUESTS_FAILED: "the trainer's requests failed, one after the other",
     Reason.SERVER_SPINNING: "the server had requests and gave no token, with busy processors",
     Reason.SERVER_UNREACHABLE: "the server could not be reached",
+    Reason.NODE_LOST: "a node was silent: it, its network or its agent is gone or frozen",
     Reason.REWARD_COLLAPSE: "the reward fell to a floor",
     Reason.REWARD_START_LEVEL: "the reward fell to the level of the run's first steps",
     Reason.REWARD_NOT_FINITE: "the reward was not a number",

@@ -22,6 +22,9 @@ from ..core.events import (
     DaemonStarted,
     EffectEnded,
     Event,
+    NodeAcknowledged,
+    NodeJoined,
+    NodeLost,
     OrderAcknowledged,
     ProcessExited,
     RewardLogged,
@@ -150,6 +153,8 @@ def _event(
     match event:
         case Tick() | TreeSeen() | TrainerTree() | RewardLogged() | CheckpointPinned() | CheckpointGone():
             return
+        case NodeJoined() | NodeAcknowledged() | NodeLost():
+            return  # told by its note
         case CheckpointVetted():
             if event.verdict != "good":
                 text = f"checkpoint of step {event.step} vetted {event.verdict}: {event.reason}"

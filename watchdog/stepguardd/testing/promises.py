@@ -20,6 +20,7 @@ from ..core.state import (
     SEEN_KEPT,
     GateOrder,
     Mode,
+    NodeState,
     Server,
     ServerState,
     Stage,
@@ -27,7 +28,7 @@ from ..core.state import (
 )
 
 _UNUSABLE = frozenset({ServerState.SUSPECT, ServerState.DEAD, ServerState.RESTARTING, ServerState.STALE})
-_NO_INCIDENT = frozenset({"reconciling", "server_starting"})
+_NO_INCIDENT = frozenset({"reconciling", "server_starting", "nodes_joining", "nodes_agree"})
 _REPAIRS = StopServer | ContinueServer | PrepareRollback
 
 
@@ -161,6 +162,8 @@ def _held(state: State) -> None:
     held = (state.trip, state.pause, state.lockout, state.rollback)
     _require(not any(held), f"GO with {[type(one).__name__ for one in held if one is not None]}")
     _require(not state.reconciling, "GO before every server was looked at")
+    apart = [node.name for node in state.nodes if node.state is not NodeState.PRESENT]
+    _require(not apart, f"GO without {apart}")
     if state.servers:
         down = sum(1 for server in state.servers if not _usable(server))
         share = 1.0 - down / len(state.servers)

@@ -124,6 +124,7 @@ _WHAT = {
     Reason.NO_CHECKPOINT: "there is no good checkpoint to go back to",
     Reason.ROLLBACK_FAILED: "the rollback failed",
     Reason.TRAINER_EXITED: "the trainer exited",
+    Reason.NODE_LOST: "a node of the run is lost",
     Reason.OPERATOR_PAUSE: "a person paused the run",
     Reason.OPERATOR_ROLLBACK: "a person asked for a rollback",
     Reason.OPERATOR_RESTART: "a person asked for a restart",
