@@ -180,7 +180,7 @@ def test_a_wait_that_fails_is_the_end_of_it(config: Path, tmp_path: Path) -> Non
     with config.open("a") as file:
         file.write('[server]\nname = "policy"\nurl = "http://127.0.0.1:9"\nbackend = "none"\n')
     begun = tmp_path / "begun"
-    done = run(config, "touch", str(begun), options=("--wait", "--timeout-s", "1"))
+    done = run(config, "touch", str(begun), options=("--wait", "--timeout-s", "3"))
     assert done.returncode == 1
     assert "policy: nothing listens" in done.stderr
     assert not begun.exists()

@@ -7,6 +7,7 @@ in words, and is never an error.
 
 import asyncio
 from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -79,7 +80,6 @@ async def wait_until_ready(
         sense: how the GPUs are asked.
 
     """
-    began = clock.monotonic()
     looks: dict[str, Look] = {}
 
     def note(look: Look) -> bool:
@@ -90,24 +90,27 @@ async def wait_until_ready(
 
     for name in servers:
         looks[name] = Look(name=name, ready=False, detail="not asked yet")
-    work = [_server(name, url, note) for name, url in servers.items()]
-    if gpus is not None:
-        looks["gpus"] = Look(name="gpus", ready=False, detail="not asked yet")
-        work.append(_gpus(gpus, sense or GpuSense(), note))
-    try:
-        async with asyncio.timeout(timeout_s):
-            await asyncio.gather(*work)
-    except TimeoutError:
-        pass
+    async with AsyncExitStack() as clients:
+        work = []
+        for name, url in servers.items():
+            http = await clients.enter_async_context(sglang.client(url, _GENERATE_TIMEOUT_S))
+            work.append(_server(name, url, http, note))
+        if gpus is not None:
+            looks["gpus"] = Look(name="gpus", ready=False, detail="not asked yet")
+            work.append(_gpus(gpus, sense or GpuSense(), note))
+        # The clients are made before the time begins: on a busy machine that alone may take a second.
+        began = clock.monotonic()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await asyncio.gather(*work)
     return Outcome(looks=tuple(looks.values()), waited_s=clock.monotonic() - began)
 
 
-async def _server(name: str, url: str, note: Callable[[Look], bool]) -> None:
-    async with sglang.client(url, _GENERATE_TIMEOUT_S) as http:
-        while True:
-            if note(await look_at_server(name, url, http)):
-                return
-            await asyncio.sleep(_POLL_S)
+async def _server(name: str, url: str, http: httpx.AsyncClient, note: Callable[[Look], bool]) -> None:
+    while True:
+        if note(await look_at_server(name, url, http)):
+            return
+        await asyncio.sleep(_POLL_S)
 
 
 async def look_at_server(name: str, url: str, http: httpx.AsyncClient) -> Look:
