@@ -40,6 +40,7 @@ COMMANDS = {
     "checkpoints": "List, vet and choose checkpoints.",
     "replay": "What Stepguard would have done in a recorded run.",
     "tune": "Find settings for the reward tests from recorded runs.",
+    "shim": "W&B's rows at once, without a change to the code.",
     "stream": "Show the reward stream as Stepguard reads it.",
     "completion": "Complete commands and options in your shell.",
     "alert-test": "Send a test message through every alert channel.",

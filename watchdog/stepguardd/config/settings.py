@@ -486,10 +486,17 @@ class StreamSettings(Section):
         "disk; no account or network is needed.",
         examples=["wandb"],
     )
+    jsonl: LocalPath | None = Field(
+        default=None,
+        description="A file of JSON lines, where wandb_dir is not set: verl's file logger, prime-rl's "
+        "metrics.jsonl, or what `stepguard shim` makes W&B's rows go to at once.",
+        examples=["metrics.jsonl"],
+    )
     step_key: str | None = Field(
         default=None,
         min_length=1,
-        description="The metric that counts steps. By default W&B's own counter.",
+        description="The metric that counts steps. By default W&B's own counter, or in JSON lines the first "
+        "usual name that is there.",
         examples=["train/global_step"],
     )
 

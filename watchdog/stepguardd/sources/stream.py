@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from ..core.events import Event, RewardLogged
 from .reward.aliases import canonical, find_reward_metric
+from .reward.jsonl import JsonLines
 from .reward.rows import StreamError
 from .reward.wandb_log import WandbLog
 
@@ -68,10 +69,15 @@ class RewardStream:
             emit: where the events go.
 
         """
-        if config.stream.wandb_dir is None:
-            return None
+        stream = config.stream
         stood = None if position is None else json.loads(position)
-        reader = WandbLog(config.stream.wandb_dir, step_key=config.stream.step_key, position=stood)
+        reader: Reader
+        if stream.wandb_dir is not None:
+            reader = WandbLog(stream.wandb_dir, step_key=stream.step_key, position=stood)
+        elif stream.jsonl is not None:
+            reader = JsonLines(stream.jsonl, step_key=stream.step_key, position=stood)
+        else:
+            return None
         return cls(reader, config.reward.metric, emit)
 
     def poll(self) -> None:
