@@ -38,7 +38,7 @@ def server_url(program: ServerProgram, tmp_path_factory: pytest.TempPathFactory)
     with log.open("wb") as out:
         server = subprocess.Popen(
             program.command(folder / "base", port),
-            env=os.environ | dict(program.environment),
+            env=os.environ | dict(program.environment) | {"SGLANG_HEALTH_CHECK_TIMEOUT": "6"},
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -123,8 +123,10 @@ def sampled(server: Server, event: TreeSampled, now: float) -> Judged:
 def probed(server: Server, event: ServerProbed, trainer: Trainer, settings: Settings, now: float) -> Judged:
     """One round of cheap endpoints."""
     failed = _failed(server, event)
-    known = event.tokens is not None and server.tokens is not None
-    moved = event.tokens is not None and event.tokens != server.tokens
+    # A round in which `/metrics` was lost says nothing of tokens: what they were is still what they were.
+    tokens = server.tokens if event.tokens is None else event.tokens
+    moved = tokens != server.tokens
+    known = moved and server.tokens is not None
     idle = event.running == 0
     said = server.endpoints
     server = replace(
@@ -133,9 +135,9 @@ def probed(server: Server, event: ServerProbed, trainer: Trainer, settings: Sett
         failed_probes=server.failed_probes + 1 if failed else 0,
         endpoints=said if failed else _answered(said, event),
         running=event.running,
-        tokens=event.tokens,
+        tokens=tokens,
         tokens_at=now if moved or idle or server.tokens_at is None else server.tokens_at,
-        generated_at=now if moved and known else server.generated_at,
+        generated_at=now if known else server.generated_at,
         weight_version=event.weight_version if event.model_info is Answer.OK else server.weight_version,
     )
     server = planned.by_ready(server, event, now)

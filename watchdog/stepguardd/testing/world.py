@@ -158,14 +158,14 @@ class FakeServer:
         """Whether its scheduler's loop turns."""
         return self.up(now) and not (self.stopped or self.frozen)
 
-    def work(self, now: float, *, rollouts: bool) -> None:
+    def work(self, now: float, tick_s: float = TICK_S, *, rollouts: bool) -> None:
         """A tick of its own time: requests come, tokens go, snapshots are made."""
         if self.load:
             ended = self.paused and self.pause_mode == "abort"
             self.running = self.load if rollouts and not ended else 0
-        moves = self.chunk_s == 0.0 or now % self.chunk_s < TICK_S
+        moves = self.chunk_s == 0.0 or now % self.chunk_s < tick_s
         if self.load and self.running and self.generates(now) and moves:
-            self.tokens += int(self.rate * max(TICK_S, self.chunk_s))
+            self.tokens += int(self.rate * max(tick_s, self.chunk_s))
         if self.turns(now) and not self.paused and moves:
             self.stamp = now
 
@@ -557,7 +557,7 @@ class World:
     def _tick(self) -> None:
         self.now += self._tick_s
         for fake in self.servers.values():
-            fake.work(self.now, rollouts=self.trainer.phase == "ROLLOUT")
+            fake.work(self.now, self._tick_s, rollouts=self.trainer.phase == "ROLLOUT")
         self._obey()
         while self._due and self._due[0][0] <= self.now:
             self._due.popleft()[1]()
@@ -711,7 +711,7 @@ class World:
             if not fake.procs or not fake.visible:
                 continue
             if fake.busy and not fake.stopped:
-                fake.cpu_s += SAMPLE_S
+                fake.cpu_s += max(SAMPLE_S, self._tick_s)
             stopped = tuple(known.pid for known in fake.procs) if fake.stopped else ()
             self.feed(TreeSampled(server=fake.name, stopped=stopped, cpu_s=fake.cpu_s))
 
