@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,15 @@ class MiniTrainer(threading.Thread):
 class SmallRun(OwnDaemons):
     """A run whose server is the daemon's own to start."""
 
-    def __init__(self, root: Path, model: Path, *, push: bool, **extra: str) -> None:
+    def __init__(
+        self,
+        root: Path,
+        model: Path,
+        *,
+        push: bool,
+        probe: Mapping[str, float] = {},
+        **extra: str,
+    ) -> None:
         self.weights = root / "weights"
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -117,7 +125,7 @@ class SmallRun(OwnDaemons):
             root,
             {
                 "run": {"servers_on_stop": "keep"},
-                "probe": {"interval_s": 0.5},
+                "probe": {"interval_s": 0.5, **probe},
                 "recovery": {"restart_budget": 50, "backoff_first_s": 0.01, "backoff_max_s": 0.01},
                 "web": {"listen": "127.0.0.1:0"},
                 "weights": {"sync": "disk"} | ({"path": f"{self.weights}/{{version}}"} if push else {}),
@@ -150,9 +158,11 @@ class SmallRun(OwnDaemons):
 
 
 @contextlib.contextmanager
-def small_run(root: Path, model: Path, *, push: bool, **extra: str) -> Iterator[SmallRun]:
+def small_run(
+    root: Path, model: Path, *, push: bool, probe: Mapping[str, float] = {}, **extra: str
+) -> Iterator[SmallRun]:
     """A run that leaves no process behind."""
-    run = SmallRun(root, model, push=push, **extra)
+    run = SmallRun(root, model, push=push, probe=probe, **extra)
     try:
         yield run
     finally:
