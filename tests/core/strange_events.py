@@ -32,6 +32,7 @@ from stepguardd.core.events import (
     RequestsFailed,
     RewardLogged,
     Role,
+    RolloutsLost,
     SchedulerAsked,
     ServerProbed,
     StepCommitted,
@@ -187,6 +188,13 @@ events: st.SearchStrategy[Event] = st.one_of(
         stale=small,
         refused=st.sampled_from([None, None, None, "failed_fraction", "stale_weights", "no_group", "?"]),
         began=st.one_of(st.none(), st.sampled_from([0.0, 1e12, math.nan, -math.inf])),
+    ),
+    st.builds(
+        RolloutsLost,
+        attempt=small,
+        began=st.sampled_from([0.0, 1e12, math.nan, -math.inf]),
+        lost=st.sampled_from([(), ("a",), ("a", "b")]),
+        answered=st.sampled_from([(), ("a",), ("c",)]),
     ),
     st.builds(CallsHung, attempt=small, what=st.sampled_from(["", "reward"]), failed=counts, calls=counts),
     st.builds(

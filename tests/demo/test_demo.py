@@ -154,6 +154,18 @@ def test_a_rank_that_dies_at_the_barrier_hangs_nobody_and_both_are_relaunched(tm
     assert all(before[step] == after[step] for step in range(21, 26))
 
 
+def test_a_prompt_that_kills_the_server_is_found_and_withheld(tmp_path: Path) -> None:
+    """Two crashes make suspects of a batch's eight prompts, a third meets one of them alone."""
+    guarded = run_demo(tmp_path / "poison", "--fault", "poison", "--steps", "40")["guarded"]
+    log = daemon_log(tmp_path / "poison")
+    assert "in flight at 2 crashes of the server" in log, "it did not die of the prompt"
+    assert log.count("kills the server: alone in flight") == 1
+    trainer = (tmp_path / "poison/guarded/trainer.log").read_text()
+    assert "withheld, as the file quarantine says" in trainer
+    assert (guarded["garbage_steps"], guarded["restarts"], guarded["holds"]) == (0, 3, 1)
+    assert guarded["steps"] == 40
+
+
 def test_a_step_of_nan_is_taken_back_and_without_stepguard_it_ends_all_learning(tmp_path: Path) -> None:
     """One NaN in a gradient: every weight is lost with it, and no later step can know."""
     found = run_demo(tmp_path / "nan", "--fault", "nan", "--steps", "60", "--compare")

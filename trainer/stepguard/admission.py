@@ -16,6 +16,7 @@ from enum import StrEnum
 from typing import Any
 
 from stepguard.isolation import Aborted
+from stepguard.prompts import Withheld
 from stepguard.reports import RewardStats, number
 
 
@@ -120,7 +121,7 @@ class Tally:
 
     Args:
         ok: members that did not fail.
-        failed: members that did, stale ones included.
+        failed: members that did, stale ones included; what was withheld on purpose is neither.
         stale: members generated with weights that are too old or unknown.
         kept: members in the mask.
         lone: members that did not fail and went with their group.
@@ -202,6 +203,9 @@ def judge(
     )
     values = None if scores is None else [_finite(score) for score in scores]
     aborted = [isinstance(member, Aborted) for member in members]
+    withheld = sum(
+        isinstance(member, Aborted) and isinstance(member.exception, Withheld) for member in members
+    )
     alive = [
         not (gone or old) and (values is None or values[index] is not None)
         for index, (gone, old) in enumerate(zip(aborted, stale, strict=True))
@@ -212,7 +216,7 @@ def judge(
     return Verdict(
         tally=Tally(
             ok=sum(alive),
-            failed=len(members) - sum(alive),
+            failed=len(members) - sum(alive) - withheld,
             stale=sum(old and not gone for gone, old in zip(aborted, stale, strict=True)),
             kept=sum(mask),
             lone=sum(alive) - sum(by_group),

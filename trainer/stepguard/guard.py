@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import sys
@@ -32,8 +33,10 @@ from stepguard.fuse import AT_ONCE_S, Blown, CallFuse
 from stepguard.gate import SEQUENCE_WORD, STEP_PHASE_WORD, Phase
 from stepguard.link import Link, OnceLog
 from stepguard.obedience import Obedience, Waits
-from stepguard.orders import RollbackRequested, StopRequested
+from stepguard.orders import Go, RollbackRequested, StopRequested
 from stepguard.presence import Presence, whole_number
+from stepguard.prompts import KEYS_MAX, QUARANTINE_FILE, key_of, turns
+from stepguard.prompts import read as read_marked
 from stepguard.ranks import Broadcast, Collect, Ranks
 from stepguard.reports import Batch, number, numbers
 from stepguard.settings import GuardSettings
@@ -98,6 +101,7 @@ class Guard:
         self._sleep = sleep
         self._async_sleep = async_sleep
         self._ranks = Ranks(rank=rank, world=world, broadcast=broadcast, collect=collect)
+        self._run_dir = place
         self._link = Link(place, log=self._log, boot_id=boot_id)
         self._presence = Presence(self._link)
         self._announced: list[str] = []
@@ -160,7 +164,9 @@ class Guard:
         """Call `handler()` on every rank to save a checkpoint before a stop; a plain function."""
         self._obedience.handle("save", _plain("on_save", handler))
 
-    async def gather(self, items: Iterable[Any], *, fanout: int | None = None) -> list[Any]:
+    async def gather(
+        self, items: Iterable[Any], *, fanout: int | None = None, prompts: Sequence[Any] | None = None
+    ) -> list[Any]:
         """
         Await all rollouts, each on its own; while HOLD, wait before the first starts.
 
@@ -168,6 +174,9 @@ class Guard:
             items: awaitables, or lists of them to any depth.
             fanout: how many members a failed one counts as, where it cannot be told from the others (see
                 `isolation.gather`).
+            prompts: what each top-level item asks for, the same at every try: an index of the data set, or
+                the text. With them a prompt that kills the server is found and withheld; see
+                `stepguard.prompts`. Coroutines alone can be withheld: a task runs already.
 
         Returns:
             Shaped as the items: each one's result, or `Aborted(exception)`.
@@ -176,10 +185,13 @@ class Guard:
             StopRequested: ordered; nothing was started.
             RollbackRequested: ordered; nothing was started.
             TypeError: an item cannot be awaited; nothing was started.
+            ValueError: as many prompts as items are needed.
 
         """
         items = list(items)
         try:
+            if prompts is not None and len(prompts) != len(items):
+                raise ValueError(f"gather: {len(prompts)} prompts for {len(items)} items")
             await self._drive_async(self._obedience.orders())
         except BaseException:
             isolation.abandon(items)
@@ -188,14 +200,50 @@ class Guard:
         began_s = self._clock_ns() / 1e9
         self._presence.enter(Phase.ROLLOUT)
         try:
-            return await isolation.gather(
-                items, fanout=fanout, passing=_PASSING, log=self._failures, on_done=self._trajectory_ended
+            send = functools.partial(
+                isolation.gather,
+                items,
+                fanout=fanout,
+                passing=_PASSING,
+                log=self._failures,
+                on_done=self._trajectory_ended,
             )
+            return await (send() if prompts is None else self._in_turns(send, prompts))
         finally:
             self._gathers -= 1
             self._began_s = began_s if self._began_s is None else min(began_s, self._began_s)
             if self._gathers == 0:
                 self._presence.enter(Phase.REWARD)
+
+    async def _in_turns(self, send: Callable[..., Awaitable[list[Any]]], prompts: Sequence[Any]) -> list[Any]:
+        """Send a batch as the files say: the quarantined not at all, suspects after the others in waves."""
+        keys = [key_of(prompt) for prompt in prompts]
+        order = turns(keys, read_marked(self._run_dir))
+        if order.withheld:
+            names = ", ".join(dict.fromkeys(keys[at] for at in order.withheld))
+            self._log.once(f"withheld {names}", "withheld, as the file %s says: %s", QUARANTINE_FILE, names)
+        began_s = self._clock_ns() / 1e9
+
+        async def ended(wave: int, failed: Sequence[int]) -> bool:
+            nonlocal began_s
+            answered = set(order.waves[wave]) - set(failed) if wave else ()
+            if failed:  # by then the daemon has seen what became of the server
+                await self._wait(self._obedience.settings.verdict_timeout_s)
+            if failed or answered:
+                self._link.send(
+                    {
+                        "v": 1,
+                        "kind": "rollouts_lost",
+                        "attempt": self._presence.attempt,
+                        "began": number(began_s),
+                        "lost": list(dict.fromkeys(keys[at] for at in failed))[:KEYS_MAX],
+                        "answered": sorted({keys[at] for at in answered} - {keys[at] for at in failed}),
+                    }
+                )
+            began_s = self._clock_ns() / 1e9
+            return not failed or isinstance(self._obedience.next_act(), Go)
+
+        return await send(turns=order, on_wave=ended)
 
     @contextlib.contextmanager
     def rollouts(self, step: int) -> Iterator[None]:
@@ -695,12 +743,15 @@ class Guard:
     async def _drive_async(self, waits: Waits[None]) -> None:
         with contextlib.closing(waits):
             for pause_s in waits:
-                if self._async_sleep is None:
-                    import asyncio  # noqa: PLC0415 - importing stepguard must stay cheap
+                await self._wait(pause_s)
 
-                    await asyncio.sleep(pause_s)
-                else:
-                    await self._async_sleep(pause_s)
+    async def _wait(self, pause_s: float) -> None:
+        if self._async_sleep is None:
+            import asyncio  # noqa: PLC0415 - importing stepguard must stay cheap
+
+            await asyncio.sleep(pause_s)
+        else:
+            await self._async_sleep(pause_s)
 
     def _beat_on(self, heartbeat_s: float) -> None:
         while not self._stopped.wait(heartbeat_s):

@@ -15,9 +15,11 @@ import inspect
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
+
+from stepguard.prompts import NotSent, Turns, Withheld
 
 if TYPE_CHECKING:
     import asyncio
@@ -74,6 +76,8 @@ async def gather(
     passing: tuple[type[BaseException], ...] = (),
     log: FailureLog,
     on_done: Callable[[BaseException | None], None],
+    turns: Turns | None = None,
+    on_wave: Callable[[int, Sequence[int]], Awaitable[bool]] | None = None,
 ) -> list[Any]:
     """
     Await all, each on its own.
@@ -85,9 +89,12 @@ async def gather(
         passing: exceptions that are no failure of a trajectory; one ends the batch and is raised.
         log: where failures are noted.
         on_done: called as each one ends, with its error; None for a result.
+        turns: which top-level items are sent when, and which never; None: all at once.
+        on_wave: called as each wave ends, with its number and the places of the items that failed in it;
+            False: the rest is not sent.
 
     Returns:
-        The outcomes, shaped as the items.
+        The outcomes, shaped as the items; what was not sent is `Aborted(Withheld)` or `Aborted(NotSent)`.
 
     Raises:
         TypeError: an item cannot be awaited; nothing was started.
@@ -102,19 +109,35 @@ async def gather(
             abandon(shape)
             raise TypeError(f"gather: item {index} is a {type(leaf).__name__}, which cannot be awaited")
     started: dict[int, asyncio.Future[Any]] = {}
-    for leaf in leaves:
-        if id(leaf) not in started:  # the same awaitable twice is awaited once, as in asyncio.gather
-            started[id(leaf)] = asyncio.ensure_future(leaf)
+    waves = (tuple(range(len(shape))),) if turns is None else turns.waves
     try:
-        await _all_ended(started.values(), passing, on_done)
+        for number, wave in enumerate(waves):
+            begun = []
+            for leaf in _leaves(shape[at] for at in wave):
+                if id(leaf) not in started:  # the same awaitable twice is awaited once, as in asyncio.gather
+                    started[id(leaf)] = asyncio.ensure_future(leaf)
+                    begun.append(started[id(leaf)])
+            await _all_ended(begun, passing, on_done)
+            if on_wave is None:
+                continue
+            failed = [at for at in wave if any(_failed(started[id(leaf)]) for leaf in _leaves([shape[at]]))]
+            if not await on_wave(number, failed):
+                break
     except BaseException:
         await _cancel(started.values())
+        abandon(leaf for leaf in leaves if id(leaf) not in started)
         raise
     outcomes = {key: _outcome(future) for key, future in started.items()}
     failures = [outcome.exception for outcome in outcomes.values() if isinstance(outcome, Aborted)]
     for failure in failures:
         log.note(failure)
     log.summary(failures, len(outcomes))
+    for at, item in enumerate(shape):
+        why = Withheld("quarantined") if turns is not None and at in turns.withheld else NotSent()
+        for leaf in _leaves([item]):
+            if id(leaf) not in outcomes:
+                outcomes[id(leaf)] = Aborted(why)
+                abandon([leaf])
     length = _fanout_of(outcomes.values()) if fanout is None else fanout
     return _rebuilt(shape, outcomes, length)
 
@@ -174,6 +197,10 @@ async def _cancel(futures: Iterable[asyncio.Future[Any]]) -> None:
         future.cancel()
     if left:
         await asyncio.wait(left)
+
+
+def _failed(future: asyncio.Future[Any]) -> bool:
+    return future.cancelled() or future.exception() is not None
 
 
 def _outcome(future: asyncio.Future[Any]) -> Any:

@@ -20,6 +20,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, NotRequired, TypedDict, cast
 
+from stepguard.prompts import KEYS_MAX
+
 WIRE_VERSION: Final = 1
 REPORT_BYTES_MAX: Final = 65_536
 _TEXT_CHARS_MAX: Final = 4_096
@@ -156,6 +158,21 @@ class Memory(TypedDict):
     new: int
 
 
+class RolloutsLost(TypedDict):
+    """
+    Rollouts that were under way and failed, by their prompts' keys; and suspects that were answered.
+
+    `began` is the CLOCK_MONOTONIC second at which they were sent: a server that died since died under them.
+    """
+
+    v: int
+    kind: Literal["rollouts_lost"]
+    attempt: int
+    began: Number
+    lost: list[str]
+    answered: list[str]
+
+
 class Bye(TypedDict):
     """
     The training process ends, and knows why.
@@ -171,7 +188,9 @@ class Bye(TypedDict):
     detail: str
 
 
-Report = Hello | Batch | Step | Saved | Ack | CallFailed | CallsHung | RequestsFailed | Memory | Bye
+Report = (
+    Hello | Batch | Step | Saved | Ack | CallFailed | CallsHung | RequestsFailed | Memory | RolloutsLost | Bye
+)
 
 
 class BadReport(ValueError):  # noqa: N818 - named after what is wrong
@@ -354,6 +373,10 @@ def _texts(value: object) -> bool:
     return type(value) is list and len(value) <= 16 and all(_text(entry) for entry in value)
 
 
+def _keys(value: object) -> bool:
+    return type(value) is list and len(value) <= KEYS_MAX and all(_text(entry) for entry in value)
+
+
 def _order(value: object) -> bool:
     return value in {"GO", "HOLD", "RESYNC", "ROLLBACK", "SAVE", "STOP"} if type(value) is str else False
 
@@ -391,6 +414,7 @@ _FIELDS: Final[dict[str, dict[str, Callable[[object], bool]]]] = {
     "requests_failed": {"attempt": _count, "in_a_row": _count, "error": _text},
     "calls_hung": {"attempt": _count, "what": _text, "failed": _count, "calls": _count},
     "memory": {"attempt": _count, "cgroup": _text, "identity": _count, "total": _count, "new": _count},
+    "rollouts_lost": {"attempt": _count, "began": _number, "lost": _keys, "answered": _keys},
     "bye": {
         "attempt": _count,
         "pid": _count,

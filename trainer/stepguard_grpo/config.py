@@ -57,6 +57,7 @@ class TrainConfig:
     raise_in_rollout: int | None = None  # at this step one trajectory of the batch raises, once
     die_at: int | None = None  # at the end of this step the last rank is killed, in the first attempt alone
     nan_at: int | None = None  # this step's loss is NaN, in the first attempt alone
+    poison_at: int | None = None  # a prompt of this step's batch kills the server
     ruin_at: int | None = None  # from this step on, three go the wrong way at a high rate, likewise
 
     def __post_init__(self) -> None:
@@ -102,6 +103,7 @@ def parse_arguments(arguments: list[str] | None = None) -> TrainConfig:
     add("--raise-in-rollout", type=int, default=None, metavar="STEP", help="fault: one trajectory raises")
     add("--die-at", type=int, default=None, metavar="STEP", help="fault: the last rank is killed")
     add("--nan-at", type=int, default=None, metavar="STEP", help="fault: a loss that is NaN")
+    add("--poison-at", type=int, default=None, metavar="STEP", help="fault: a prompt that kills the server")
     add("--ruin-at", type=int, default=None, metavar="STEP", help="fault: steps that ruin the policy")
     try:
         return TrainConfig(**vars(parser.parse_args(arguments)))

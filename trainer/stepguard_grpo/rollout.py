@@ -21,6 +21,7 @@ TRIES = 2
 PAUSE_BEFORE_RETRY_S = 0.05
 CONNECT_TIMEOUT_S = 2.0
 ERROR_BODY_CHARS = 200
+NO_TOKEN = 1_000_000  # in no vocabulary: SGLang's scheduler dies of it, and the embedded one too
 
 
 class RolloutError(Exception):
@@ -96,7 +97,7 @@ class HttpSampler:
 def request_body(request: Request) -> dict[str, Any]:
     """The body of `/generate` for one trajectory."""
     return {
-        "input_ids": list(request.prompt),
+        "input_ids": [*request.prompt, NO_TOKEN] if request.deadly else list(request.prompt),
         "return_logprob": True,
         "sampling_params": {
             "temperature": 1.0,

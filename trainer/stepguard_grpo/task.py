@@ -28,6 +28,7 @@ class Request:
     prompt: tuple[int, ...]
     target: tuple[int, ...]
     sampling_seed: int
+    deadly: bool = False  # the server dies of it: a fault
 
 
 def batch(*, seed: int, step: int, groups: int, group_size: int) -> list[Request]:

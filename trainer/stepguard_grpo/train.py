@@ -43,6 +43,7 @@ log = logging.getLogger("stepguard_grpo")
 
 RUINOUS = -30.0
 RUINED_STEPS = 3
+POISONED_GROUP = 2
 
 
 class Outcome(StrEnum):
@@ -286,9 +287,14 @@ class Run:
             seed=config.seed, step=position, groups=config.groups, group_size=config.group_size
         )
         requests = self.team.share_of(requests, [request.group_id for request in requests])
+        if step == config.poison_at:
+            requests = [replace(request, deadly=request.group_id == POISONED_GROUP) for request in requests]
         began = time.monotonic()
         if self.guard is not None and config.failures is Failures.MASK:
-            outcomes = await self.guard.gather([self._trajectory(request, step) for request in requests])
+            outcomes = await self.guard.gather(
+                [self._trajectory(request, step) for request in requests],
+                prompts=["-".join(map(str, request.prompt)) for request in requests],
+            )
         else:
             outcomes = await asyncio.gather(*(self._or_none(request, step) for request in requests))
         return Batch(requests=requests, outcomes=outcomes, seconds=time.monotonic() - began)

@@ -32,12 +32,14 @@ from .core import ledger
 from .core.commands import (
     Command,
     Effect,
+    MarkPrompts,
     Notify,
     PublishGate,
 )
 from .core.decide import decide
 from .core.events import DaemonStarted, EffectEnded, Event, OperatorAsked, Tick
 from .core.state import GateOrder, Mode, Server, State, initial
+from .effects import prompts
 from .effects import trainer as trainers
 from .effects.backends.process import ProcessBackend, program_missing
 from .effects.gate import GateWriter
@@ -347,6 +349,8 @@ class Daemon:
             if isinstance(command, PublishGate):
                 self.gate.publish(command.gate)
                 failpoint(f"gate_{command.gate.order.value}")
+            elif isinstance(command, MarkPrompts):
+                prompts.mark(self.config.run.run_dir, command)
         if self.state is before and not commands and not isinstance(event, EffectEnded):
             return  # nothing came of it; but that an effect has ended is always worth a row
         wall = clock.wall()
@@ -366,7 +370,7 @@ class Daemon:
 
     def _carry_out(self, command: Command, durable: "asyncio.Future[None] | None") -> None:
         match command:
-            case PublishGate():
+            case PublishGate() | MarkPrompts():
                 pass
             case Notify():
                 log.info("%s: %s", command.what, command.text, extra={"reason": command.reason})

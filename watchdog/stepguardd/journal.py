@@ -72,7 +72,7 @@ _EVENTS: Final[dict[str, TypeAdapter[Any]]] = {
 }
 _COMMANDS: Final[dict[str, TypeAdapter[Any]]] = {
     kind.__name__: TypeAdapter(kind)
-    for kind in (commands.PublishGate, commands.Notify, *commands.Effect.__args__)
+    for kind in (commands.PublishGate, commands.MarkPrompts, commands.Notify, *commands.Effect.__args__)
 }
 _STATE: Final[TypeAdapter[State]] = TypeAdapter(State)
 _EPISODE: Final[TypeAdapter[Episode]] = TypeAdapter(Episode)
@@ -540,7 +540,7 @@ class Journal:
         self._db.execute("DELETE FROM intents WHERE seq <= ? AND ended IS NOT NULL", last)
 
 
-commands_without_intent = (commands.PublishGate, commands.Notify)
+commands_without_intent = (commands.PublishGate, commands.MarkPrompts, commands.Notify)
 
 
 def _resolve(durable: "asyncio.Future[None]", outcome: JournalError | None) -> None:

@@ -22,6 +22,18 @@ class PublishGate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MarkPrompts:
+    """
+    Tell the guard, by files in the run's folder, which prompts to send apart and which never.
+
+    Idempotent and carried out before its row, as the gate page is: a daemon that dies between marks again.
+    """
+
+    suspects: tuple[str, ...] = ()
+    quarantine: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ContinueServer:
     """Send SIGCONT to the stopped processes of a server."""
 
@@ -131,4 +143,4 @@ Effect = (
     | StopTrainer
     | StartTrainer
 )
-Command = PublishGate | Notify | Effect
+Command = PublishGate | MarkPrompts | Notify | Effect

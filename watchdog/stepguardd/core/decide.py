@@ -21,6 +21,7 @@ from . import (
     opinions,
     people,
     planned,
+    poison,
     probation,
     recovery,
     relaunch,
@@ -56,6 +57,7 @@ from .events import (
     ProcessExited,
     RequestsFailed,
     RewardLogged,
+    RolloutsLost,
     SchedulerAsked,
     ServerProbed,
     StepCommitted,
@@ -112,6 +114,8 @@ def _take_in(turn: Turn, event: Event) -> None:
             _on_tick(turn)
         case BatchReported():
             batches.reported(turn, event)
+        case RolloutsLost():
+            poison.lost(turn, event)
         case CallsHung():
             batches.calls_hung(turn, event)
         case StepCommitted():
@@ -408,3 +412,4 @@ def _on_start(turn: Turn, event: DaemonStarted) -> None:
     turn.commands.append(PublishGate(gate=gate))
     if event.gate_generation > state.gate.generation and state.nodes:
         cluster.overtake(turn, gate.generation)
+    poison.retell(turn)

@@ -200,6 +200,20 @@ class CallsHung:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutsLost:
+    """
+    Rollouts that were sent at `began` and failed, by their prompts' keys, whatever they failed of.
+
+    `answered` are suspects whose rollouts all came back.
+    """
+
+    attempt: int
+    began: float
+    lost: tuple[str, ...] = ()
+    answered: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepCommitted:
     """An optimizer step was taken."""
 
@@ -442,6 +456,7 @@ Event = (
     | TrainerLeft
     | BatchReported
     | CallsHung
+    | RolloutsLost
     | StepCommitted
     | CheckpointSaved
     | CheckpointVetted

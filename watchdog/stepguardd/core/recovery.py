@@ -13,7 +13,7 @@ server answers every probe and serves the base model.
 
 from dataclasses import replace
 
-from . import budget, memory, planned, rungs, weights
+from . import budget, memory, planned, poison, rungs, weights
 from .commands import ContinueServer, RunCanary, StartServer, StopServer
 from .events import Answer, EffectEnded, ServerProbed, TreeSampled
 from .fleet import Remedy, Suspicion, current, well
@@ -243,6 +243,8 @@ def _died(turn: Turn, server: Server, reason: Reason) -> None:
         return
     server = server.move(ServerState.DEAD, turn.now, reason)
     turn.put(server)
+    if reason is Reason.SERVER_DIED:
+        poison.crashed(turn)
     if server.managed and turn.may_act(repair.cause if repair is not None else reason):
         restart(turn, server, reason)
 

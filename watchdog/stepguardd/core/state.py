@@ -509,6 +509,38 @@ class Surroundings:
     memory_short_since: float | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suspects:
+    """
+    Prompts that were in flight when a server died by itself, by their keys. See core/poison.
+
+    `lost` were at the newest crash, of the time `at`; `earlier` were at each of the crashes before it.
+    """
+
+    at: float | None = None
+    lost: tuple[str, ...] = ()
+    earlier: tuple[str, ...] = ()
+    earlier_crashes: int = 0
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Those of earlier crashes that were there again."""
+        lost = set(self.lost)
+        return tuple(key for key in self.earlier if key in lost)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Who is under suspicion now."""
+        return self.shared or self.lost or self.earlier
+
+    @property
+    def crashes(self) -> int:
+        """At how many crashes in a row they were all in flight."""
+        if self.shared:
+            return self.earlier_crashes + 1
+        return 1 if self.lost else self.earlier_crashes
+
+
 SEEN_KEPT = 16
 CHECKPOINTS_KEPT = 64
 REWARDS_KEPT = 60
@@ -550,6 +582,7 @@ class State:
     refused_batches: int = 0
     surroundings: Surroundings = field(default_factory=Surroundings)
     stall: Stall = field(default_factory=Stall)
+    suspects: Suspects = field(default_factory=Suspects)
     stream_step: int | None = None
     stream_position: str | None = None
     nodes: tuple[Node, ...] = ()

@@ -56,6 +56,7 @@ _INSIDE_FLAGS: Final = {
     Fault.NAN: "--nan-at",
     Fault.RANK: "--die-at",
     Fault.POLICY: "--ruin-at",
+    Fault.POISON: "--poison-at",
 }
 RISEN: Final = 0.7
 RISEN_STEPS: Final = 5
@@ -237,7 +238,8 @@ class Arena:
             command += ["--request-timeout-s", str(4 * PAUSE_S)]
         flag = _INSIDE_FLAGS.get(scenario.fault)
         if flag is not None and plan.fault_step is not None:
-            command += [flag, str(plan.fault_step)]
+            # The others spoil the step itself; this one keeps its batch from becoming a step.
+            command += [flag, str(plan.fault_step + (scenario.fault is Fault.POISON))]
         return command
 
     @property
@@ -400,6 +402,7 @@ class Arena:
         if fault in INSIDE_THE_TRAINER:
             if self._plan.fault_step is not None and step >= self._plan.fault_step:
                 progress.fault_step = self._plan.fault_step
+                progress.events.append(f"fault: {self._scenario.story}, at step {self._plan.fault_step}")
             return
         if not self._due(progress, step):
             return

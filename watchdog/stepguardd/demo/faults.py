@@ -43,6 +43,7 @@ class Fault(StrEnum):
     POLICY = "policy"
     RELAPSE = "relapse"
     OOM = "oom"
+    POISON = "poison"
     NONE = "none"
 
 
@@ -208,6 +209,13 @@ SCENARIOS: dict[Fault, Scenario] = {
         restarts=1,
         holds=1,
     ),
+    Fault.POISON: Scenario(
+        fault=Fault.POISON,
+        story="one prompt of a batch kills the server whenever it is sent",
+        expected="hold, three restarts, the prompt found and withheld, no garbage step",
+        restarts=3,
+        holds=1,
+    ),
     Fault.NONE: Scenario(
         fault=Fault.NONE,
         story="nothing goes wrong",
@@ -218,7 +226,7 @@ SCENARIOS: dict[Fault, Scenario] = {
 }
 
 
-INSIDE_THE_TRAINER: Final = frozenset({Fault.TRAJECTORY, Fault.RANK, Fault.NAN, Fault.POLICY})
+INSIDE_THE_TRAINER: Final = frozenset({Fault.TRAJECTORY, Fault.RANK, Fault.NAN, Fault.POLICY, Fault.POISON})
 """What the trainer is told to do to itself, at a step that is fixed beforehand."""
 
 _CALLS: Final = frozenset({Fault.PAUSE, Fault.WEIGHTS})

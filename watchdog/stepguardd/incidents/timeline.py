@@ -28,6 +28,7 @@ from ..core.events import (
     OrderAcknowledged,
     ProcessExited,
     RewardLogged,
+    RolloutsLost,
     ServerProbed,
     StepCommitted,
     Tick,
@@ -187,6 +188,10 @@ def _event(
                     f"reward {reward}{verdict}"
                 )
                 yield Plane.TRAINER, f"batch {after.gate.reason}", text, bool(verdict)
+        case RolloutsLost():
+            if event.lost:
+                count = len(event.lost)
+                yield Plane.TRAINER, "lost", f"rollouts of {count} prompts were under way and failed", True
         case StepCommitted():
             reward = "unknown" if event.reward is None else f"{event.reward:.3g}"
             yield Plane.TRAINER, "committed", f"step {event.step} taken, reward {reward}", False

@@ -25,6 +25,7 @@ from ..core.events import (
     OrderAcknowledged,
     Proc,
     RequestsFailed,
+    RolloutsLost,
     StepCommitted,
     TrainerExited,
     TrainerLeft,
@@ -136,6 +137,13 @@ def event_of(report: Report) -> Event | None:
                 what=utf8(report["what"]),
                 failed=report["failed"],
                 calls=report["calls"],
+            )
+        case "rollouts_lost":
+            return RolloutsLost(
+                attempt=report["attempt"],
+                began=number(report["began"]),
+                lost=tuple(utf8(key) for key in report["lost"]),
+                answered=tuple(utf8(key) for key in report["answered"]),
             )
         case "bye":
             detail = utf8(report["detail"])

@@ -4,6 +4,7 @@ from ..core.breaker import Phase
 from ..core.commands import (
     Command,
     ContinueServer,
+    MarkPrompts,
     Notify,
     PrepareRollback,
     PublishGate,
@@ -12,7 +13,7 @@ from ..core.commands import (
     StartServer,
     StopServer,
 )
-from ..core.events import Event, OperatorAsked
+from ..core.events import Event, OperatorAsked, RolloutsLost
 from ..core.state import (
     ACTIONS_KEPT,
     CHECKPOINTS_KEPT,
@@ -69,6 +70,8 @@ class Promises:
         try:
             if isinstance(event, OperatorAsked):
                 self._person(event)
+            if isinstance(event, RolloutsLost):
+                self._search(before, state)
             _gate(before, state, commands)
             _breaker(state)
             _held(state)
@@ -85,9 +88,21 @@ class Promises:
         if event.verb in {"restart-server", "resume"}:
             self._stops.clear()
 
+    def _search(self, before: State, state: State) -> None:
+        """A crash that cleared half of the suspected prompts gives its restart back."""
+        old, new = before.suspects, state.suspects
+        crashed_at = old.at
+        for was, now in zip(before.servers, state.servers, strict=True):
+            if now.budget.spent_at == was.budget.spent_at or crashed_at is None:
+                continue
+            cleared = len(old.prompts) - len(new.prompts)
+            _require(2 * cleared >= len(old.prompts) > 1, f"{cleared} cleared of {len(old.prompts)} suspects")
+            stops = self._stops.get(was.name, [])
+            self._stops[was.name] = [at for at in stops if at < crashed_at]
+
     def _acts(self, state: State, event: Event, commands: tuple[Command, ...], now: float) -> None:
         for command in commands:
-            if isinstance(command, PublishGate | Notify):
+            if isinstance(command, PublishGate | MarkPrompts | Notify):
                 continue
             _require(command.intent not in self._intents, f"intent {command.intent} was given out twice")
             self._intents.add(command.intent)

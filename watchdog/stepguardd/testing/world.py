@@ -15,6 +15,7 @@ from ..core.commands import (
     Command,
     ContinueServer,
     Effect,
+    MarkPrompts,
     Notify,
     PrepareRollback,
     PublishGate,
@@ -376,7 +377,7 @@ class World:
                 self.moves.append((self.now, new.name, new.state))
         for command in commands:
             self.said.append((self.now, command))
-            if not isinstance(command, PublishGate | Notify):
+            if not isinstance(command, PublishGate | MarkPrompts | Notify):
                 self._begin(command)
         return commands
 
@@ -542,7 +543,11 @@ class World:
         self.state = self.state if lost is None else lost
         waiting = [server.repair.intent for server in self.state.servers if server.repair is not None]
         waiting += [one.intent for one in (self.state.rollback, self.state.relaunch) if one is not None]
-        begun = [c for _, c in self.said if not isinstance(c, PublishGate | Notify) and c.intent in waiting]
+        begun = [
+            c
+            for _, c in self.said
+            if not isinstance(c, PublishGate | MarkPrompts | Notify) and c.intent in waiting
+        ]
         self.feed(
             DaemonStarted(
                 gate_order=page.order.value, gate_generation=page.generation, judged_batch=page.judged_batch

@@ -120,6 +120,7 @@ _WHAT = {
     Reason.GRAD_NOT_FINITE: "the gradient is not a number",
     Reason.ABORTED_RATIO: "more rollouts fail than usual",
     Reason.ROLLOUTS_FAILED: "batch after batch has failed rollouts",
+    Reason.PROMPT_QUARANTINED: "a prompt kills the server",
     Reason.CALLS_HUNG: "too many calls hung at once",
     Reason.NO_CHECKPOINT: "there is no good checkpoint to go back to",
     Reason.ROLLBACK_FAILED: "the rollback failed",
