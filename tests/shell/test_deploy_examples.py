@@ -5,6 +5,7 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from kubernetes_validate import ValidationError, validate
 from typer.main import get_command
 
 from stepguardd.cli import COMMANDS, _app
@@ -195,3 +197,27 @@ def test_what_compose_mounts_is_beside_it(path: Path) -> None:
         for volume in service["volumes"]:
             source = volume.partition(":")[0]
             assert source in document["volumes"] or source.startswith("/") or (EXAMPLES / source).exists()
+
+
+def composed(path: Path) -> subprocess.CompletedProcess[str]:
+    """What Compose's own schema says to a file."""
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(path)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("path", named("compose*.yaml"), ids=lambda path: path.name)
+def test_compose_would_take_the_file(path: Path, tmp_path: Path) -> None:
+    done = composed(path)
+    assert done.returncode == 0, done.stdout
+    wrong = tmp_path / "compose.yaml"
+    wrong.write_text(path.read_text().replace("healthcheck:", "healthchecks:"))
+    assert "healthchecks" in composed(wrong).stdout
+
+
+@pytest.mark.parametrize("path", named("kubernetes-*.yaml"), ids=lambda path: path.name)
+def test_kubernetes_would_take_every_object(path: Path) -> None:
+    """1.29 is the first with sidecars; strict, so that a key it does not know is an error."""
+    for document in documents(path):
+        validate(document, "1.29", strict=True)
+        with pytest.raises(ValidationError, match="no_such_key"):
+            validate({**document, "no_such_key": 1}, "1.29", strict=True)
