@@ -50,6 +50,7 @@ from .incidents import folders
 from .incidents.recorder import IncidentRecorder
 from .journal import Journal, JournalError, Restored
 from .notify import Notifier
+from .older_state import OlderStateError, read_older
 from .settings import core_server, core_settings, refitted
 from .sources.pausefile import PauseFile
 from .sources.stream import RewardStream
@@ -93,6 +94,8 @@ class Daemon:
         self._deciding = False
         self._failure: BaseException | None = None
         self._mode_changed = False
+        self._hold_for_a_person = False
+        self._other_version: str | None = None
         self._taken_up = False
         self._stop = asyncio.Event()
         self.chronicle = Chronicle()
@@ -128,7 +131,7 @@ class Daemon:
     async def run(self, *, ready: Callable[[], None] = lambda: None) -> None:
         """Watch the run until asked to stop. `ready` is called once everything is in place."""
         try:
-            unfinished = self._open()
+            restored = self._open()
         except DaemonError:
             await self._close()
             raise
@@ -136,7 +139,7 @@ class Daemon:
         for what in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(what, self._stop.set)
         try:
-            self._take_up(unfinished)
+            self._take_up(restored.unfinished, restored.unreadable_intents)
             async with asyncio.TaskGroup() as group:
                 running = [group.create_task(work) for work in self._work()]
                 await asyncio.sleep(0)  # a first turn for each: the control socket listens
@@ -156,7 +159,7 @@ class Daemon:
         """Ask it to end."""
         self._stop.set()
 
-    def _open(self) -> tuple[Effect, ...]:
+    def _open(self) -> Restored:
         """Take the run's lock, journal, gate page and sockets, in this order; all or nothing."""
         run = self.config.run
         for settings in self.config.servers:
@@ -177,7 +180,7 @@ class Daemon:
             restored = self.journal.restore()
             self.journal.restore_chronicle(self.chronicle)
             self.state = self._fitted(restored)
-            if restored.state is None:
+            if restored.state is None and restored.older is None:
                 self._refuse_strangers()
             self.gate = GateWriter(run.run_dir / "gate")
             self._write_guard_settings(self.state.trainer.skip_steps)
@@ -207,7 +210,7 @@ class Daemon:
         )
         if backend is not None:
             self._trainer = TrainerProcesses(backend, self.feed, self._reports.drain)
-        return restored.unfinished
+        return restored
 
     def _write_guard_settings(self, skip_steps: tuple[int, ...]) -> None:
         """What the trainer's guard goes by; in shadow nothing is refused or held, by the guard either."""
@@ -256,12 +259,17 @@ class Daemon:
         state = restored.state
         if state is None:
             told = max(restored.incidents, *folders.kept(self.config.run.state_dir), 0)
-            return replace(
+            unknown = replace(
                 initial(settings, mode, fresh),
                 intents=restored.intents,
                 incidents=told,
                 checkpoints=restored.checkpoints,
             )
+            if restored.older is None:
+                return unknown
+            state = self._taken_over(restored, restored.older, unknown)
+        elif restored.unreadable or restored.unreadable_intents:
+            self._warn_of_other_version(restored, "the rest is as it was")
         for recorded in restored.after:
             state, _ = decide(state, recorded.event, recorded.at)
         self._mode_changed = state.settings.mode is not mode
@@ -271,7 +279,30 @@ class Daemon:
         )
         return replace(state, settings=settings, servers=kept)
 
-    def _take_up(self, unfinished: tuple[Effect, ...]) -> None:
+    def _taken_over(self, restored: Restored, text: str, unknown: State) -> State:
+        """What another version of Stepguard left, as far as it can be read; said in one warning."""
+        try:
+            older = read_older(text, unknown, without=restored.without)
+        except OlderStateError as error:
+            raise JournalError(
+                f"{self.journal.path}: its newest state is damaged ({error}); move the file aside"
+            ) from error
+        self._hold_for_a_person = older.held and self.config.run.mode != Mode.SHADOW.value
+        self._warn_of_other_version(restored, f"begun anew: {', '.join(older.lost) or 'nothing'}")
+        return replace(
+            older.state,
+            intents=max(older.state.intents, unknown.intents),
+            incidents=max(older.state.incidents, unknown.incidents),
+        )
+
+    def _warn_of_other_version(self, restored: Restored, what: str) -> None:
+        self._other_version = (
+            f"the journal was written by another version of Stepguard; {what}; "
+            f"{restored.unreadable + len(restored.unreadable_intents)} rows could not be read"
+        )
+        log.warning("%s: %s", self.journal.path, self._other_version)
+
+    def _take_up(self, unfinished: tuple[Effect, ...], unreadable: tuple[str, ...]) -> None:
         """Bring the page in line, look at every server, and settle what an earlier daemon had begun."""
         found = self.gate.found()
         self.feed(
@@ -284,6 +315,9 @@ class Daemon:
         if self._mode_changed:
             asked = OperatorAsked(verb="mode", who="the config", why="run.mode", mode=self.config.run.mode)
             self.feed(asked)
+        if self._hold_for_a_person:
+            why = "the journal holds this run for something that this version cannot read"
+            self.feed(OperatorAsked(verb="pause", who="the journal of another version", why=why))
         self._taken_up = True
         self._recorder.take_up(self.state)
         wanted = {server.repair.intent for server in self.state.servers if server.repair is not None}
@@ -295,6 +329,8 @@ class Daemon:
                 self._acting.begin(effect, None)
             else:
                 self.feed(EffectEnded(intent=effect.intent, ok=False, detail="overtaken by events"))
+        for intent in unreadable:
+            self.feed(EffectEnded(intent=intent, ok=False, detail="begun by another version"))
 
     async def _close(self) -> None:
         """Stop the effects, tell the trainer that nobody is there, and leave the servers as configured."""
@@ -456,7 +492,11 @@ class Daemon:
             now=clock.monotonic(),
             started_at=self.started_at,
             metric=None if self._stream is None else self._stream.metric_found,
-            notes=(*(() if self._stream is None else self._stream.notes), *self._alerting.warnings()),
+            notes=(
+                *(() if self._other_version is None else (self._other_version,)),
+                *(() if self._stream is None else self._stream.notes),
+                *self._alerting.warnings(),
+            ),
             lost_rows=self.journal.lost_rows,
             journal_failure=self.journal.failure,
         )

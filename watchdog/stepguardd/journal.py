@@ -10,6 +10,8 @@ a disk that stalls costs rows of the past (counted), never a decision.
 
 import asyncio
 import contextlib
+import functools
+import hashlib
 import json
 import queue
 import sqlite3
@@ -28,6 +30,7 @@ from .core import commands, events
 from .core.commands import Command, Effect, Notify
 from .core.events import EffectEnded, Event
 from .core.ledger import LedgerRow
+from .core.reward import RewardState
 from .core.state import State
 from .oneline import utf8
 
@@ -102,6 +105,9 @@ class Restored:
     `intents` and `incidents` are how many were named so far: without a state the next one must not repeat a
     name.
     `checkpoints` is the ledger, which outlives a reboot.
+    `older` is the state where another version wrote it, for `read_older`, without the fields in `without`;
+    `state` is None then. `unreadable` counts the rows behind it that this version cannot read, and
+    `unreadable_intents` names the effects under way of which it does not know what they were.
     """
 
     state: State | None
@@ -110,6 +116,10 @@ class Restored:
     intents: int
     incidents: int = 0
     checkpoints: tuple[LedgerRow, ...] = ()
+    older: str | None = None
+    without: tuple[str, ...] = ()
+    unreadable: int = 0
+    unreadable_intents: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,6 +188,19 @@ def _decode(adapters: dict[str, TypeAdapter[Any]], kind: str, body: str) -> Any:
         return adapters[kind].validate_json(body)
     except (KeyError, ValueError) as error:
         raise JournalError(f"the journal has a row of kind {kind} that cannot be read: {error}") from error
+
+
+def _recorded(row: tuple[int, float, float, str, str, str]) -> Recorded:
+    seq, at, wall, kind, body, commands_json = row
+    decided = tuple(decode_command(name, json.dumps(fields)) for name, fields in json.loads(commands_json))
+    return Recorded(seq=seq, at=at, wall=wall, event=decode_event(kind, body), commands=decided)
+
+
+@functools.cache
+def judge_shape() -> str:
+    """What the judge's memory looks like, as a short word that changes whenever a field of it does."""
+    schema = TypeAdapter(RewardState).json_schema()
+    return hashlib.sha256(json.dumps(schema, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Journal:
@@ -262,21 +285,58 @@ class Journal:
                 incidents=told[0],
                 checkpoints=self._ledger(),
             )
-        try:
-            state = decode_state(newest[1])
-        except JournalError as error:
-            raise JournalError(f"{self.path}: {error}; move the file aside") from error
-        under_way = self._db.execute("SELECT kind, body FROM intents WHERE ended IS NULL ORDER BY seq")
-        unfinished = tuple(decode_command(kind, body) for kind, body in under_way.fetchall())
+        state, without = None, () if self._same_judge() else ("reward",)
+        if not without:
+            with contextlib.suppress(JournalError):
+                state = decode_state(newest[1])
+        under_way = self._db.execute(
+            "SELECT intent, kind, body FROM intents WHERE ended IS NULL ORDER BY seq"
+        ).fetchall()
+        unfinished: list[Effect] = []
+        unreadable_intents = []
+        for intent, kind, body in under_way:
+            try:
+                effect = decode_command(kind, body)
+            except JournalError:
+                unreadable_intents.append(intent)
+                continue
+            if not isinstance(effect, commands_without_intent):
+                unfinished.append(effect)
+        after, unreadable = self._after(newest[0])
         return Restored(
             state=state,
-            after=tuple(self.read(after=newest[0])),
-            unfinished=tuple(
-                effect for effect in unfinished if not isinstance(effect, commands_without_intent)
-            ),
+            after=after,
+            unfinished=tuple(unfinished),
             intents=names[0],
             incidents=told[0],
+            checkpoints=self._ledger() if state is None else (),
+            older=newest[1] if state is None else None,
+            without=without,
+            unreadable=unreadable,
+            unreadable_intents=tuple(unreadable_intents),
         )
+
+    def _same_judge(self) -> bool:
+        """
+        Whether the states were written by a judge whose memory has the shape of today's.
+
+        Its memory is written by position, so another shape may read well and mean something else.
+        """
+        row = self._db.execute("SELECT value FROM meta WHERE key = 'judge'").fetchone()
+        return row is None or row[0] == judge_shape()
+
+    def _after(self, seq: int) -> tuple[tuple[Recorded, ...], int]:
+        """The decisions after a row, and how many of them cannot be read."""
+        rows = self._db.execute(
+            "SELECT seq, at, wall, kind, body, commands FROM events WHERE seq > ? ORDER BY seq", (seq,)
+        )
+        found, unreadable = [], 0
+        for row in rows:
+            try:
+                found.append(_recorded(row))
+            except JournalError:
+                unreadable += 1
+        return tuple(found), unreadable
 
     def _settle_boot(self) -> None:
         """After a reboot nothing is under way, and the times of the states mean nothing any more."""
@@ -291,23 +351,18 @@ class Journal:
 
     def _ledger(self) -> tuple[LedgerRow, ...]:
         rows = self._db.execute("SELECT row FROM ledger ORDER BY attempt, step").fetchall()
-        try:
-            return tuple(_LEDGER_ROW.validate_json(text) for (text,) in rows)
-        except ValueError as error:
-            raise JournalError(
-                f"{self.path}: its ledger of checkpoints cannot be read ({error}); move the file aside"
-            ) from error
+        found = []
+        for (text,) in rows:
+            with contextlib.suppress(ValueError):  # of another version: a checkpoint that is not known
+                found.append(_LEDGER_ROW.validate_json(text))
+        return tuple(found)
 
     def read(self, *, after: int = 0) -> Iterator[Recorded]:
         """The decisions after a row, in order. Only before `start`: then the writer owns the database."""
         rows = self._db.execute(
             "SELECT seq, at, wall, kind, body, commands FROM events WHERE seq > ? ORDER BY seq", (after,)
         )
-        for seq, at, wall, kind, body, commands_json in rows:
-            decided = tuple(
-                decode_command(name, json.dumps(fields)) for name, fields in json.loads(commands_json)
-            )
-            yield Recorded(seq=seq, at=at, wall=wall, event=decode_event(kind, body), commands=decided)
+        yield from map(_recorded, rows)
 
     def restore_chronicle(self, chronicle: Chronicle) -> None:
         """Bring back the incidents and what was told. Only before `start`; an unreadable row is left out."""
@@ -487,6 +542,7 @@ class Journal:
             ),
         )
         if row.state is not None:
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('judge', ?)", (judge_shape(),))
             db.execute("INSERT INTO snapshots VALUES (?, ?)", (seq, encode_state(row.state)))
             db.execute("DELETE FROM snapshots WHERE seq <= ?", (seq - 20 * SNAPSHOT_EVERY,))
         if row.entry is not None:
