@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from daemon_parts.conftest import until
 from daemon_parts.journal_writer import BOOT
 from daemon_parts.own_daemons import OwnDaemons
-from stepguardd import journal as journals
 from stepguardd import proc
 from stepguardd.core.budget import Budget
 from stepguardd.core.events import OperatorAsked
@@ -111,9 +110,7 @@ def test_what_is_no_state_is_refused(text: str) -> None:
         read_older(text, FRESH)
 
 
-def test_a_judge_of_another_shape_is_known_by_the_word_beside_its_state(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_judge_of_another_shape_is_known_by_the_word_beside_its_state(tmp_path: Path) -> None:
     path = tmp_path / "journal.db"
     asked = OperatorAsked(verb="pause", who="ada", why="lunch")
 
@@ -127,7 +124,8 @@ def test_a_judge_of_another_shape_is_known_by_the_word_beside_its_state(
     asyncio.run(write())
     with closing(Journal(path, boot_id=BOOT)) as journal:
         assert journal.restore().state == OLD
-    monkeypatch.setattr(journals, "judge_shape", lambda: "another")
+    with closing(sqlite3.connect(path)) as db, db:
+        assert db.execute("UPDATE meta SET value = 'another' WHERE key = 'judge'").rowcount == 1
     with closing(Journal(path, boot_id=BOOT)) as journal:
         found = journal.restore()
     assert (found.state, found.without) == (None, ("reward",))
@@ -149,7 +147,6 @@ def changed(path: Path, change: dict[str, object], *statements: str) -> None:
         db.execute("UPDATE snapshots SET state = ? WHERE seq = ?", (json.dumps(state), seq))
         for statement in statements:
             db.execute(statement)
-    db.close()
 
 
 def last_words(run: Bare) -> dict[str, Any]:
