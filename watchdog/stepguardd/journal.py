@@ -220,6 +220,7 @@ class Journal:
         self.path = path
         self.lost_rows = 0
         self._boot_id = boot_id
+        self._judge = judge_shape()
         self._rows: queue.Queue[_Row | None] = queue.Queue(maxsize=QUEUE_ROWS_MAX)
         self._since_snapshot = SNAPSHOT_EVERY  # the first row carries the state: what came before is settled
         self._gap = False
@@ -323,7 +324,7 @@ class Journal:
         Its memory is written by position, so another shape may read well and mean something else.
         """
         row = self._db.execute("SELECT value FROM meta WHERE key = 'judge'").fetchone()
-        return row is None or row[0] == judge_shape()
+        return row is None or row[0] == self._judge
 
     def _after(self, seq: int) -> tuple[tuple[Recorded, ...], int]:
         """The decisions after a row, and how many of them cannot be read."""
@@ -542,7 +543,7 @@ class Journal:
             ),
         )
         if row.state is not None:
-            db.execute("INSERT OR REPLACE INTO meta VALUES ('judge', ?)", (judge_shape(),))
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('judge', ?)", (self._judge,))
             db.execute("INSERT INTO snapshots VALUES (?, ?)", (seq, encode_state(row.state)))
             db.execute("DELETE FROM snapshots WHERE seq <= ?", (seq - 20 * SNAPSHOT_EVERY,))
         if row.entry is not None:
