@@ -195,4 +195,4 @@ def test_a_markers_owner_and_mode_stay(a_run) -> None:
 
 def test_the_undo_command_can_be_pasted_into_a_shell() -> None:
     command = undo_command(Path("/runs/my run/it's"))
-    assert shlex.split(command) == ["stepguard", "rollback", "--undo", "/runs/my run/it's"]
+    assert shlex.split(command) == ["stepguard", "rollback", "--yes", "--undo", "/runs/my run/it's"]

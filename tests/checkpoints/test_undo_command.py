@@ -1,6 +1,8 @@
 """`stepguard rollback --undo`: the command that every rollback prints."""
 
 import json
+import os
+import pwd
 
 import pytest
 from runs_on_disk import KINDS, contents
@@ -24,8 +26,16 @@ def test_undo_brings_the_folder_back_without_a_daemon(a_run, capsys: pytest.Capt
     set_aside = json.loads(capsys.readouterr().out)["quarantined"]
     assert set_aside
     assert contents(root) != before
-    assert stepguard("rollback", "--undo", root, "--json") == 0
+    rolled_back = contents(root)
+    assert stepguard("rollback", "--undo", root) == 2
+    assert "add --yes" in capsys.readouterr().err
+    assert contents(root) == rolled_back, "nothing is taken back without a yes"
+    assert stepguard("rollback", "--undo", root, "--yes", "--why", "a wrong guess", "--json") == 0
     assert json.loads(capsys.readouterr().out)["steps"] == set_aside
+    (record,) = root.rglob("quarantine/*/*.json")
+    assert (
+        json.loads(record.read_text())["undone_by"] == f"{pwd.getpwuid(os.getuid()).pw_name}: a wrong guess"
+    )
     assert {path: data for path, data in contents(root).items() if "quarantine" not in path} == before
     assert stepguard("rollback", "--undo", root) == 2
     assert "nothing to undo" in capsys.readouterr().err

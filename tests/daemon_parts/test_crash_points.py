@@ -14,18 +14,28 @@ from daemon_parts.small_run import SmallRun, small_run, training
 pytestmark = pytest.mark.e2e
 
 STOP_TO_CANARY = [
-    f"{when}_{what}"
-    for what in ("StopServer", "StartServer", "RunCanary")
-    for when in ("decided", "before", "after")
+    "decided_StopServer",
+    "before_StopServer",
+    "stop_ended_tree",
+    "after_StopServer",
+    "decided_StartServer",
+    "before_StartServer",
+    "start_spawned",
+    "after_StartServer",
+    "decided_RunCanary",
+    "before_RunCanary",
+    "after_RunCanary",
 ]
 PUSHED = ["gate_HOLD", *STOP_TO_CANARY, "decided_PushWeights", "before_PushWeights", "after_PushWeights"]
 RESYNCED = ["after_RunCanary", "gate_RESYNC"]
 ALONE = [
     "gate_HOLD",
     "before_StopServer",
+    "stop_ended_tree",
     "after_StopServer",
     "decided_StartServer",
     "before_StartServer",
+    "start_spawned",
     "after_StartServer",
     "after_RunCanary",
     "after_PushWeights",
@@ -71,14 +81,6 @@ def test_one_recovery_survives_a_kill_of_the_daemon_at_every_point(
 @pytest.mark.timeout(300)
 def test_a_point_alone_is_survived_by_one_restart_of_the_daemon(tmp_path: Path, base_model: Path) -> None:
     """A recovery a point: killed there, started again without a point, and left to finish."""
-    points = [
-        "gate_HOLD",
-        "before_StopServer",
-        "after_StopServer",
-        "decided_StartServer",
-        "after_StartServer",
-    ]
-    points += ["after_PushWeights"]
     with small_run(tmp_path, base_model, push=True) as run:
         run.daemon()
         run.until(run.serving, "the first start")

@@ -129,6 +129,7 @@ class Plan:
     markers: tuple[MarkerMove, ...]
     moves: tuple[Move, ...]
     state: State = State.PLANNED
+    undone_by: str = ""
 
     @property
     def empty(self) -> bool:
@@ -156,8 +157,8 @@ class Undone:
 
 
 def undo_command(path: Path) -> str:
-    """The command that takes a rollback back, for reports."""
-    return f"stepguard rollback --undo {shlex.quote(str(path))}"
+    """The command that takes a rollback back, for reports; whoever runs it has decided."""
+    return f"stepguard rollback --yes --undo {shlex.quote(str(path))}"
 
 
 # --- rolling back -------------------------------------------------------------------------------------------
@@ -299,13 +300,25 @@ def _carry_out(root: Path, plan: Plan, hands: Hands) -> Plan:
 # --- undoing ------------------------------------------------------------------------------------------------
 
 
-def undo(path: Path, *, name: str | None = None, hands: Hands = _HANDS) -> Undone:
+def newest(path: Path) -> Plan:
+    """
+    The rollback that `undo` would take back.
+
+    Raises:
+        RollbackError: there is none.
+
+    """
+    return _undoable(_rolled_back_root(path), None)
+
+
+def undo(path: Path, *, name: str | None = None, by: str = "", hands: Hands = _HANDS) -> Undone:
     """
     Bring back what the newest rollback (or the one called `name`) set aside.
 
     Args:
         path: the checkpoint folder as it was given to the rollback; its framework need not be known.
         name: the quarantine's folder; None: the newest rollback that has not been undone.
+        by: who wants it and why, kept in the record beside the quarantine.
         hands: what to work with; the tests crash at named points through it.
 
     Raises:
@@ -317,7 +330,7 @@ def undo(path: Path, *, name: str | None = None, hands: Hands = _HANDS) -> Undon
     plan = _undoable(root, name)
     with _held(root), _explained(root):
         _check_all_there(root, plan)
-        displaced = _take_back(root, plan, hands)
+        displaced = _take_back(root, replace(plan, undone_by=by), hands)
     return Undone(
         name=plan.name,
         steps=plan.from_steps,
@@ -523,6 +536,7 @@ def _read_plan(path: Path) -> Plan | None:
             markers=tuple(MarkerMove(**item) for item in raw["markers"]),
             moves=tuple(Move(**item) for item in raw["moves"]),
             state=State(raw["state"]),
+            undone_by=str(raw.get("undone_by", "")),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from stepguardd.cli.output import fail, print_json, say
-from stepguardd.cli.runs import AsJson, ConfigFile, RunDir, Why, Yes, confirm
+from stepguardd.cli.runs import AsJson, ConfigFile, RunDir, Why, Yes, by_whom, confirm
 from stepguardd.cli.wishes import tell
 
 
@@ -38,7 +38,7 @@ def rollback(
     if undo is not None:
         if before_step is not None:
             fail("give --before-step or --undo, not both")
-        _undo(undo, as_json=json)
+        _undo(undo, why=why, yes=yes, as_json=json)
         return
     target = "the incident's onset" if before_step is None else f"step {before_step}"
     confirm(f"Roll the trainer back to before {target}? Later steps are set aside.", yes=yes)
@@ -54,12 +54,16 @@ def rollback(
     )
 
 
-def _undo(path: Path, *, as_json: bool) -> None:
+def _undo(path: Path, *, why: str, yes: bool, as_json: bool) -> None:
     """The folder as it was before its newest rollback; a running trainer is not told."""
     from stepguardd.checkpoints import rollback as checkpoints  # noqa: PLC0415 - the other way needs none of it
 
     try:
-        undone = checkpoints.undo(path)
+        found = checkpoints.newest(path)
+        steps = ", ".join(str(step) for step in found.from_steps) or "none"
+        question = f"Take back {found.name}? Steps that come back: {steps}."
+        confirm(question, yes=yes, because="this moves checkpoints")
+        undone = checkpoints.undo(path, name=found.name, by=by_whom(why))
     except checkpoints.RollbackError as error:
         fail(str(error))
     if as_json:
@@ -67,7 +71,6 @@ def _undo(path: Path, *, as_json: bool) -> None:
         displaced = [{"was": was, "now": now} for was, now in undone.displaced]
         print_json({"undone": undone.name, "steps": undone.steps, "markers": markers, "displaced": displaced})
         return
-    steps = ", ".join(str(step) for step in undone.steps) or "none"
     say(f"{undone.name} is taken back; steps that are there again: {steps}")
     for was, now in undone.displaced:
         say(f"{was} had been saved anew meanwhile; that one is now {now}")

@@ -88,13 +88,24 @@ def state_dir_of(config: Path | None, run_dir: Path | None) -> Path:
     return Path(told)
 
 
-def confirm(question: str, *, yes: bool) -> None:
+def confirm(question: str, *, yes: bool, because: str = "this interrupts the run") -> None:
     """Ask a person before something is torn down; a script has to say --yes."""
     if yes:
         return
     if not os.isatty(0):
-        fail("this interrupts the run: add --yes")
+        fail(f"{because}: add --yes")
     typer.confirm(question, abort=True, err=True)
+
+
+def by_whom(why: str) -> str:
+    """Who runs this command, by the kernel's word on the user, and why, where that was said."""
+    import pwd  # noqa: PLC0415 - commands that ask the daemon are told apart by the socket
+
+    try:
+        who = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        who = f"uid {os.getuid()}"
+    return f"{who}: {why}" if why else who
 
 
 def _config_of(config: Path) -> "Config":

@@ -451,7 +451,7 @@ def _command(sending: Sending, case: Case, place: Place) -> tuple[str, str] | No
     if sending.kind is Kind.RESOLVED:
         if incident.rollbacks:
             return (
-                "stepguard rollback --undo CHECKPOINTS",
+                "stepguard rollback --yes --undo CHECKPOINTS",
                 "takes the rollback back: newer checkpoints return",
             )
         return command("report", str(incident.number)), "the whole story, with the evidence"
