@@ -252,3 +252,24 @@ def test_a_scheduler_that_nobody_doubts_is_not_condemned_by_a_late_answer() -> N
     world.feed(SchedulerAsked(server="s", info=Answer.TIMEOUT, loads=Answer.OK, waited_s=100.0))
     world.run(5)
     assert world.order == "GO"
+
+
+# ---- what must not hide a hang ---------------------------------------------------------------------
+
+
+def test_a_turning_scheduler_excuses_no_waiting_requests_where_ready_would_have_told_of_a_pause() -> None:
+    world = at_work(can_generate=False, busy=False)
+    world.run(10)
+    assert world.asked, "the scheduler was asked, and answered"
+    assert (world.order, world.gate.reason) == ("HOLD", "server_hung")
+
+
+def test_a_lost_round_of_metrics_is_no_token_and_hides_no_hang() -> None:
+    world = at_work()
+    world.fake.frozen, world.fake.busy = True, False
+    began = world.now
+    while world.order == "GO" and world.now - began < 60:
+        world.feed(ServerProbed(server="s", ready=Answer.OK, model_info=Answer.OK, metrics=Answer.TIMEOUT))
+        world.run(2.0)
+    assert world.now - began <= 12
+    assert world.gate.reason == "server_hung"
