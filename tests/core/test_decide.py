@@ -800,6 +800,24 @@ def test_probation_ends_after_its_steps_and_with_it_the_incident() -> None:
     assert world.told("resolved")
 
 
+def test_a_rollback_that_the_page_orders_already_is_not_ordered_twice() -> None:
+    """The daemon died between the page and its row: the next one waits for the answer to that order."""
+    world = World()
+    world.steps(30)
+    world.ask("rollback", before_step=20)
+    before = world.state
+    assert before.rollback is not None
+    assert before.rollback.generation is None
+    assert world.run(60, until=lambda: world.order == "ROLLBACK")
+    ordered = world.gate
+    world.restart_daemon(lost=before)
+    assert (world.order, world.gate.generation) == ("ROLLBACK", ordered.generation)
+    assert world.gate.target_step == ordered.target_step
+    assert world.run(120, until=lambda: world.order == "GO")
+    assert world.orders().count("ROLLBACK") == 1
+    assert world.trainer.attempt == 1
+
+
 def test_a_trainer_that_ends_takes_its_rollback_with_it() -> None:
     world = World(target=(20, "/c"))
     world.trainer.listens = False

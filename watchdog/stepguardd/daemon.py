@@ -310,6 +310,8 @@ class Daemon:
                 gate_order=GateOrder.GO.value if found is None else found.order.name,
                 gate_generation=0 if found is None else found.generation,
                 judged_batch=0 if found is None else found.judged_batch,
+                target_step=None if found is None else found.target_step,
+                target_path=None if found is None else found.target_path,
             )
         )
         if self._mode_changed:

@@ -391,9 +391,19 @@ def _on_start(turn: Turn, event: DaemonStarted) -> None:
     A hold that the journal has no reason for (its last rows were lost) is kept until every server was
     looked at and has generated; a generation never goes back.
     """
+    newer = event.gate_generation > turn.state.gate.generation
+    ordered = rollbacks.already_ordered(turn, event)
     state = turn.state
     gate = state.gate
-    if event.gate_generation > gate.generation:
+    if ordered:
+        gate = replace(
+            gate,
+            order=GateOrder.ROLLBACK,
+            generation=event.gate_generation,
+            target_step=event.target_step,
+            target_path=event.target_path,
+        )
+    elif newer:
         gate = replace(gate, generation=event.gate_generation + 1)
     gate = replace(gate, judged_batch=max(gate.judged_batch, event.judged_batch))
     unexplained = event.gate_order != GateOrder.GO.value and holding.wanted_order(state)[0] is GateOrder.GO
@@ -410,6 +420,6 @@ def _on_start(turn: Turn, event: DaemonStarted) -> None:
             if server.state is not ServerState.STARTING:  # that one waits for its first word
                 recovery.verify(turn, server, Reason.RECONCILING)
     turn.commands.append(PublishGate(gate=gate))
-    if event.gate_generation > state.gate.generation and state.nodes:
+    if newer and state.nodes:
         cluster.overtake(turn, gate.generation)
     poison.retell(turn)

@@ -40,6 +40,8 @@ class DaemonStarted:
     gate_order: str
     gate_generation: int
     judged_batch: int = 0
+    target_step: int | None = None
+    target_path: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,11 +6,13 @@ from . import checkpoints, fleet, recovery, relaunch
 from .breaker import Phase
 from .commands import PrepareRollback
 from .events import (
+    DaemonStarted,
     EffectEnded,
 )
 from .giving_up import lock_out
 from .reasons import Reason
 from .state import (
+    GateOrder,
     Mode,
     Rollback,
     ServerState,
@@ -73,6 +75,31 @@ def target_found(turn: Turn, rollback: Rollback, event: EffectEnded) -> None:
         ),
     )
     turn.note("action", rollback.reason, f"rolling back to the checkpoint of {event.detail}")
+
+
+def already_ordered(turn: Turn, event: DaemonStarted) -> bool:
+    """
+    Whether the page orders the very rollback whose target was still being found, as the journal has it.
+
+    The row of the order was lost. Ordered anew under another generation it would be obeyed twice.
+    """
+    rollback = turn.state.rollback
+    if rollback is None or rollback.generation is not None or event.target_step is None:
+        return False
+    if event.gate_order != GateOrder.ROLLBACK.value or event.gate_generation <= turn.state.gate.generation:
+        return False
+    checkpoints.set_aside(turn, event.target_step)
+    turn.state = replace(
+        turn.state,
+        rollback=replace(
+            rollback,
+            intent=None,
+            target_step=event.target_step,
+            target_path=event.target_path,
+            generation=event.gate_generation,
+        ),
+    )
+    return True
 
 
 def rolled_back(turn: Turn, rollback: Rollback, ok: bool, detail: str) -> None:

@@ -550,7 +550,11 @@ class World:
         ]
         self.feed(
             DaemonStarted(
-                gate_order=page.order.value, gate_generation=page.generation, judged_batch=page.judged_batch
+                gate_order=page.order.value,
+                gate_generation=page.generation,
+                judged_batch=page.judged_batch,
+                target_step=page.target_step,
+                target_path=page.target_path,
             )
         )
         self._look()
