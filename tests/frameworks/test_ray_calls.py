@@ -25,6 +25,7 @@ def cluster() -> Iterator[None]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("OMP_NUM_THREADS", "1")
         ray.init(
+            address="local",
             num_cpus=2,
             object_store_memory=80 << 20,
             include_dashboard=False,
