@@ -67,7 +67,7 @@ def test_ten_of_two_hundred_calls_hang_and_exactly_their_actors_are_killed(clust
         with Guard(None) as guard:
             first = await asyncio.gather(
                 *(
-                    guard.call(actor.score.remote(number, how), timeout_s=5, what="score", or_kill=actor)
+                    guard.call(actor.score.remote(number, how), timeout_s=25, what="score", or_kill=actor)
                     for number, (actor, how) in enumerate(plan)
                 )
             )
