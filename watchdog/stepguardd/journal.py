@@ -13,6 +13,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import queue
 import sqlite3
 import threading
@@ -28,7 +29,7 @@ from .chronicle.chronicle import EPISODES_KEPT, NOTICES_KEPT, Chronicle, Entry, 
 from .chronicle.curve import POINTS_MAX, Curve, Point
 from .core import commands, events
 from .core.commands import Command, Effect, Notify
-from .core.events import EffectEnded, Event
+from .core.events import EffectEnded, Event, ServerProbed, TreeSampled
 from .core.ledger import LedgerRow
 from .core.reward import RewardState
 from .core.state import State
@@ -40,6 +41,8 @@ EVENTS_KEPT: Final = 200_000
 SNAPSHOT_EVERY: Final = 500
 LINGER_S: Final = 0.05
 """How long the first row of a batch waits for company: what a SIGKILL of the daemon may cost."""
+LOOK_LINGER_S: Final = 1.0
+"""The same for a look at a server from which nothing followed: a daemon that comes back looks again."""
 
 _SCHEMA: Final = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -476,9 +479,10 @@ class Journal:
         while True:
             row = self._rows.get()
             closing = row is None
-            until = clock.monotonic() + LINGER_S
+            until = math.inf
             while row is not None:
                 batch.append(row)
+                until = min(until, clock.monotonic() + _linger_s(row))
                 # Whoever waits for the disk must not wait for company, and a stream without a gap for none.
                 left_s = 0.0 if row.durable else until - clock.monotonic()
                 try:
@@ -595,6 +599,11 @@ class Journal:
         self._db.execute("DELETE FROM notices WHERE seq <= ?", last)
         self._db.execute("DELETE FROM points WHERE id <= (SELECT max(id) FROM points) - ?", (POINTS_MAX,))
         self._db.execute("DELETE FROM intents WHERE seq <= ? AND ended IS NOT NULL", last)
+
+
+def _linger_s(row: _Row) -> float:
+    look = isinstance(row.event, ServerProbed | TreeSampled) and not row.commands
+    return LOOK_LINGER_S if look else LINGER_S
 
 
 commands_without_intent = (commands.PublishGate, commands.MarkPrompts, commands.Notify)
