@@ -37,12 +37,3 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallRun]:
         with training(run, resync=True):
             run.until(lambda: (run.status()["trainer"]["committed_step"] or 0) > 5, "steps are taken")
             yield run
-
-
-@pytest.fixture(autouse=True)
-def free_again(run: SmallRun) -> Iterator[None]:
-    """A test that failed with the run paused does not take the others with it."""
-    yield
-    if run.order() == "HOLD":
-        run.ask("resume")
-        run.until(lambda: run.order() == "GO", "the trainer is free")

@@ -209,6 +209,15 @@ def test_a_server_left_out_is_tried_again_once_its_budget_is_whole() -> None:
     assert len(world.all(StopServer)) == stops + 1
 
 
+def test_what_a_person_asked_for_rests_on_their_word_and_on_no_evidence() -> None:
+    world = World()
+    world.fake.frozen = True
+    world.run(3)
+    world.ask("restart-server", server=world.fake.name)
+    assert world.state.incident is not None
+    assert world.state.incident.evidence == ("asked for by ada: a test",)
+
+
 def test_the_last_server_of_a_quorum_locks_the_run_out() -> None:
     world = World("a", "b", settings=PUSH, trainer=FakeTrainer(can_resync=False))
     for name in ("a", "b"):

@@ -18,7 +18,7 @@ TRAINER = Path(__file__).with_name("little_trainer.py")
 class LittleRun(OwnDaemons):
     """A run whose trainer is the daemon's own to start."""
 
-    def __init__(self, root: Path, *, in_place: bool) -> None:
+    def __init__(self, root: Path, *, in_place: bool, page: bool) -> None:
         self.checkpoints = root / "checkpoints"
         command = [sys.executable, str(TRAINER), str(root), *(["reload"] if in_place else [])]
         super().__init__(
@@ -28,7 +28,7 @@ class LittleRun(OwnDaemons):
                 | {"relaunch_budget": 50, "relaunches_without_step": 20, "on_stop": "keep"},
                 "recovery": {"backoff_first_s": 0.01, "backoff_max_s": 0.01},
                 "checkpoints": {"dir": str(self.checkpoints), "proven_after_steps": 3},
-                "web": {"enabled": False},
+                "web": {"enabled": page, "listen": "127.0.0.1:0"},
             },
         )
 
@@ -64,9 +64,9 @@ class LittleRun(OwnDaemons):
 
 
 @contextlib.contextmanager
-def little_run(root: Path, *, in_place: bool) -> Iterator[LittleRun]:
+def little_run(root: Path, *, in_place: bool, page: bool = False) -> Iterator[LittleRun]:
     """A run that leaves no process behind."""
-    run = LittleRun(root, in_place=in_place)
+    run = LittleRun(root, in_place=in_place, page=page)
     try:
         yield run
     finally:

@@ -56,9 +56,10 @@ class Live:
                 if chronicle.curve.points > points:
                     fresh = [point for number, point in chronicle.recent if number > points]
                     rows = [[one.attempt, one.step, round(one.wall, 3), one.reward] for one in fresh]
-                    missed = chronicle.curve.points - points > len(fresh)
-                    yield _event("points", to_json({"points": rows, "missed": missed}))
-                    points = chronicle.curve.points
+                    total = chronicle.curve.points
+                    missed = total - points > len(fresh)
+                    yield _event("points", to_json({"points": rows, "missed": missed, "total": total}))
+                    points = total
                 if notices := chronicle.told_since(told):
                     yield _event("notices", to_json([notice_json(one) for one in notices]))
                     told = notices[-1].id

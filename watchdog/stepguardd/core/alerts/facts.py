@@ -10,7 +10,7 @@ from math import isfinite
 from .. import budget
 from ..breaker import Phase
 from ..diagnosis import NAMES, Evidence, Fact, rank
-from ..events import Event, ProcessExited
+from ..events import Event, OperatorAsked, ProcessExited
 from ..reasons import Reason
 from ..state import GateOrder, Incident, Mode, Server, ServerState, State, Trip
 
@@ -137,6 +137,9 @@ def evidence(state: State, reason: Reason, event: Event | None, now: float) -> t
         now: seconds of the monotonic clock.
 
     """
+    if isinstance(event, OperatorAsked) and event.verb in {"restart-server", "rollback"}:
+        # A person needs no evidence, and what the servers did at that moment is none.
+        return (f"asked for by {event.who}: {event.why or 'no reason given'}",)
     lines = []
     fact = _FACTS.get(reason)
     if fact is not None:

@@ -3,7 +3,7 @@
 import { $, clock, figure, isNumber, words } from "./words.js";
 import { read } from "./talk.js";
 
-const HAVE_MAX = 12000; // points on the page before the server is asked for a thinner curve again
+const GROWN = 1000; // points that came live, before the server is asked for a thinner curve again
 const state = { lines: [], incidents: [], checkpoints: [], byTime: false, window: null, drawn: false, due: false, metric: null };
 let plotly = null;
 
@@ -18,13 +18,18 @@ const colour = (name) => {
 
 export async function load() {
   const window = state.window && !state.byTime ? `&from_step=${Math.floor(state.window[0])}&to_step=${Math.ceil(state.window[1])}` : "";
-  const found = await read(`/api/v1/series?points=4000${window}`);
+  // Two for each pixel, a peak and a trough: more would be drawn over each other.
+  const points = Math.min(4000, Math.max(500, 2 * $("plot").clientWidth));
+  const found = await read(`/api/v1/series?points=${points}${window}`);
   state.lines = found.lines;
   state.total = found.points;
+  state.grown = 0;
   draw();
 }
 
-export function append(points) {
+// The newest points of `total`; those that an answer to `load` brought already are not drawn twice.
+export function append(points, total) {
+  if (state.total !== undefined) points = points.slice(Math.max(0, points.length - Math.max(0, total - state.total)));
   for (const [attempt, step, time, value] of points) {
     let line = state.lines.at(-1);
     if (!line || line.attempt !== attempt || step <= line.steps.at(-1)) {
@@ -32,10 +37,10 @@ export function append(points) {
       state.lines.push(line);
     }
     line.steps.push(step); line.times.push(time); line.values.push(value);
-    state.total = (state.total ?? 0) + 1;
   }
-  const have = state.lines.reduce((sum, line) => sum + line.steps.length, 0);
-  if (have > HAVE_MAX) load().catch(() => {}); else draw();
+  state.total = Math.max(total, state.total ?? 0);
+  state.grown = (state.grown ?? 0) + points.length;
+  if (state.grown > GROWN) load().catch(() => {}); else draw();
 }
 
 export function setIncidents(incidents) { state.incidents = incidents; draw(); }
@@ -67,6 +72,13 @@ export function draw() {
   if (state.due) return;
   state.due = true;
   setTimeout(() => { state.due = false; drawNow(); }, document.hidden ? 2000 : 60);
+}
+
+// What the pointer reads at each point: worked out once for each.
+function said(line) {
+  line.said ??= [];
+  for (let at = line.said.length; at < line.steps.length; at++) line.said.push([line.steps[at], clock(line.times[at])]);
+  return line.said;
 }
 
 const x = (line) => (state.byTime ? line.times.map((time) => new Date(time * 1000)) : line.steps);
@@ -138,7 +150,7 @@ function drawNow() {
     `between ${figure(Math.min(...values))} and ${figure(Math.max(...values))}, ${state.incidents.length} incidents`);
   const lines = state.lines.map((line, at) => ({
     type: "scatter", mode: line.steps.length < 40 ? "lines+markers" : "lines", x: x(line), y: line.values, connectgaps: false,
-    customdata: line.steps.map((step, i) => [step, clock(line.times[i])]),
+    customdata: said(line),
     line: { color: colour(at === state.lines.length - 1 ? "accent" : "faint"), width: at === state.lines.length - 1 ? 2 : 1.4 },
     marker: { size: 4 },
     hovertemplate: `reward <b>%{y:.4g}</b><br>step %{customdata[0]}, attempt ${line.attempt}<br>%{customdata[1]}<extra></extra>`,

@@ -25,10 +25,33 @@ function hero() {
   tone(gone ? "warn" : name, gone ? "!" : mark, gone ? "Trainer gone" : word);
   const since = status.breaker?.since_s;
   $("since").textContent = isNumber(since) ? `since ${clock(Date.now() / 1000 - since - drift())}, for ${span(since + drift())}` : "since when is unknown";
-  const left = status.breaker?.probation_left;
-  $("why").textContent = [status.breaker?.reason ? words(status.breaker.reason) : "", phase === "half_open" && left ? `${left} more good steps end it` : "",
-    phase === "shadow" ? "everything is judged, nothing is held" : ""].filter(Boolean).join(" · ");
+  const told = status.incident ? about(status.incident) : status.breaker?.reason ? words(status.breaker.reason) : "";
+  $("why").textContent = told;
+  $("next").textContent = next(phase, gone);
   document.title = `${gone ? "Trainer gone" : word} · ${status.run ?? "Stepguard"}`;
+}
+
+// An incident in one line: what, where, since when, what it cost so far.
+function about(one) {
+  return [`${words(one.cause)}${one.server ? `: ${one.server}` : ""}`, isNumber(one.onset_step) ? `since step ${one.onset_step}` : null, tiles.did(one) || null,
+    one.known_to ? `known to ${one.known_to}` : null].filter(Boolean).join(" · ");
+}
+
+// What happens next by itself, and whether anybody has to do anything.
+function next(phase, gone) {
+  const left = status.breaker?.probation_left;
+  const repaired = (status.servers ?? []).filter((one) => one.stage).map((one) => `${one.name}: ${words(one.stage)}`);
+  const more = repaired.length > 3 ? ` and ${repaired.length - 3} more` : "";
+  const work = repaired.length ? ` (${repaired.slice(0, 3).join(", ")}${more})` : "";
+  if (gone) return "The trainer is gone: start it again, with STEPGUARD_RUN_DIR set.";
+  switch (phase) {
+    case "open": return status.mode === "act" ? `Nothing to do yet: Stepguard is repairing it${work}.` : "Stepguard holds and repairs nothing in this mode: restart the server, or mend the cause.";
+    case "half_open": return left ? `Nothing to do: ${left} more good step${left === 1 ? "" : "s"} end it.` : "Nothing to do: the run goes on and is watched closely.";
+    case "forced_open": return "It stays held until somebody resumes it.";
+    case "locked_out": return "A person is needed: nothing more is tried. Look at the incident below, then resume or roll back.";
+    case "shadow": return "Everything is judged, nothing is held.";
+    default: return repaired.length ? `The run goes on; under repair${work}.` : "";
+  }
 }
 
 function show(now) {
@@ -38,20 +61,29 @@ function show(now) {
   $("run").textContent = text(now.run);
   $("mode").textContent = `mode ${text(now.mode)}`;
   $("mode").hidden = false;
-  $("version").textContent = `Stepguard ${text(now.version)}`;
+  $("version").textContent = `Stepguard ${text(now.version)}, watching for ${span(now.uptime_s)}`;
   const newest = now.trainer?.reward;
   $("reward-now").textContent = newest === null || newest === undefined ? "" : isNumber(newest) ? figure(newest) : String(newest);
   const warnings = now.warnings ?? [];
   $("warnings").hidden = !warnings.length;
   $("warnings").replaceChildren(...warnings.map((one) => el("li", {}, one)));
   tiles.trainer(now); tiles.servers(now); tiles.gpus(now); tiles.host(now);
+  foremost(Boolean(now.incident));
   const phase = now.breaker?.phase;
   const held = ["open", "forced_open", "locked_out"].includes(phase);
   $("do-resume").disabled = !held;
   $("do-pause").disabled = ["forced_open", "locked_out"].includes(phase);
-  $("do-resume").className = held ? "primary" : "";
+  // Who lets go of a hold that is being repaired answers for it: the button invites only where a person is needed.
+  $("do-resume").className = ["forced_open", "locked_out"].includes(phase) ? "primary" : "";
   $("do-restart").disabled = !(now.servers ?? []).length;
   $("do-shadow").textContent = now.mode === "shadow" ? "Shadow off" : "Shadow on";
+}
+
+// An open incident is what people come for: its story stands right under the state, and goes back when it is over.
+function foremost(open) {
+  const card = $("story-card");
+  if (open === (card.previousElementSibling === $("warnings"))) return;
+  if (open) $("warnings").after(card); else document.querySelector("main").append(card);
 }
 
 function silent(error) {
@@ -60,6 +92,7 @@ function silent(error) {
     tone("idle", "–", "Closed");
     $("since").textContent = "Reading this page needs a session.";
     $("why").textContent = "Run `stepguard open` on the machine of the run, and open the link that it prints.";
+    $("next").textContent = "";
     return;
   }
   $("pulse").dataset.live = "no";
@@ -68,6 +101,7 @@ function silent(error) {
     tone("idle", "?", "No answer");
     $("since").textContent = status === null ? "The daemon does not answer." : `The daemon was last heard ${span(drift())} ago.`;
     $("why").textContent = "A dead daemon kills no run: a free trainer goes on, a held one stays held. See: stepguard status";
+    $("next").textContent = "";
   }
 }
 
@@ -91,7 +125,7 @@ function take(event, data) {
     retellSoon();
   } else if (event === "status") show(data);
   else if (event === "points") {
-    if (data.missed) curve.load().catch(silent); else curve.append(data.points);
+    if (data.missed) curve.load().catch(silent); else curve.append(data.points, data.total);
     if (data.points.some(([, step]) => step % 5 === 0)) retellSoon();
   } else retellSoon();
 }
@@ -178,7 +212,7 @@ function askRollback() {
   confirmThen({ title: "Roll back?", yes: "Roll back", verb: "rollback", wish: () => ({ before_step: Number(before.value) }), body: [
     field("To the newest good checkpoint before step", before),
     el("ul", {}, target, el("li", {}, "The trainer is held, loads it, and goes on as a new attempt. Batches under way are void."),
-      el("li", {}, "It can be undone: ", el("code", {}, "stepguard checkpoints undo")))] });
+      el("li", {}, "It can be undone: ", el("code", {}, `stepguard rollback --undo ${checkpoints.at(-1)?.path.replace(/\/[^/]*\/?$/, "") ?? "THE-FOLDER-OF-CHECKPOINTS"}`)))] });
 }
 
 function askRestart() {

@@ -3,6 +3,7 @@
 import { $, SERVER_TONES, bytes, clock, el, figure, isNumber, span, text, words } from "./words.js";
 
 const HEAT_FROM = 13;
+const LISTED = 12;
 const WORST = ["dead", "stale", "suspect", "restarting", "starting", "planned", "serving"];
 const first = (from, ...keys) => keys.map((key) => from?.[key]).find((value) => value !== undefined && value !== null) ?? null;
 
@@ -13,14 +14,17 @@ function put(id, ...children) { $(id).replaceChildren(...children); }
 
 export function trainer(status) {
   const one = status.trainer ?? {};
+  const known = one.phase && one.phase !== "UNKNOWN"; // many trainers report steps and no phases
+  const step = isNumber(one.step) ? `step ${one.step.toLocaleString("en")}` : "";
   const alive = one.alive === true ? ["alive", "good"] : one.alive === false ? ["gone", "bad"] : ["not seen", "warn"];
   put("trainer",
-    el("p", { class: "big" }, one.phase && one.phase !== "UNKNOWN" ? words(one.phase) : "no phase", " ", el("small", {}, isNumber(one.step) ? `step ${one.step.toLocaleString("en")}` : "")),
+    el("p", { class: "big" }, ...(known ? [words(one.phase), " ", el("small", {}, step)] : [step || (one.alive ? "no step yet" : "not seen")])),
     rows([
       ["Process", alive[0], alive[1]],
       ["Last beat", isNumber(one.beat_age_s) ? `${span(one.beat_age_s)} ago` : "unknown"],
       ["Attempt", text(one.attempt)],
       ["Weights", text(one.weight_version)],
+      ["Gate", text(status.gate?.order)],
       ["Batches refused", text(status.refused_batches)],
     ]));
 }
@@ -35,15 +39,40 @@ export function servers(status) {
   const left = first(status.budget, "restarts_left");
   const budget = left === null ? null : ["Restarts left", text(left)];
   if (all.length < HEAT_FROM) return put("servers", head, rows([...ranked.map(name), budget]));
-  const counts = WORST.filter((state) => all.some((one) => one.state === state)).map((state) => [words(state), String(all.filter((one) => one.state === state).length), SERVER_TONES[state]]);
-  const heat = el("div", { class: "heat", role: "img", "aria-label": counts.map(([state, count]) => `${count} ${state}`).join(", ") },
-    ...all.map((one) => el("i", { class: SERVER_TONES[one.state] ?? "bad", title: `${one.name}: ${words(one.state)}` })));
-  put("servers", head, heat, rows([...counts, ...ranked.filter((one) => one.state !== "serving").slice(0, 4).map(name), budget]));
+  const counted = WORST.map((state) => [state, all.filter((one) => one.state === state).length]).filter(([, count]) => count);
+  const counts = el("ul", { class: "counts" }, ...counted.map(([state, count]) => el("li", {}, el("i", { class: SERVER_TONES[state] ?? "bad" }), `${count.toLocaleString("en")} ${words(state)}`)));
+  const away = ranked.filter((one) => one.state !== "serving");
+  const more = away.length > LISTED ? el("p", { class: "note" }, `and ${away.length - LISTED} more that do not serve`) : null;
+  put("servers", head, counts, el("div", { class: "fleet" }, heat(all, counted),
+    el("div", {}, rows([...away.slice(0, LISTED).map(name), budget]), more)));
 }
 
+// One cell a server, kept from look to look: of a thousand few change.
+const cells = { node: null, of: [] };
+function heat(all, counted) {
+  if (cells.node === null) {
+    cells.node = el("div", { class: "heat", role: "img" });
+    cells.said = el("p", { class: "note" }, "Point at a server, or touch it, to read which it is.");
+    cells.whole = el("div", {}, cells.node, cells.said);
+    cells.node.onpointerover = cells.node.onclick = ({ target }) => { if (target.title) cells.said.textContent = target.title; };
+  }
+  cells.node.setAttribute("aria-label", counted.map(([state, count]) => `${count} ${words(state)}`).join(", "));
+  while (cells.of.length > all.length) cells.of.pop().remove();
+  while (cells.of.length < all.length) cells.of.push(cells.node.appendChild(document.createElement("i")));
+  all.forEach((one, at) => {
+    const cell = cells.of[at];
+    const tone = SERVER_TONES[one.state] ?? "bad";
+    const title = `${one.name}: ${words(one.state)}`;
+    if (cell.className !== tone) cell.className = tone;
+    if (cell.title !== title) cell.title = title;
+  });
+  return cells.whole;
+}
+
+// A server fills its GPU to nine tenths by design: tight is what little of it is left beyond that.
 function meter(name, used, total) {
   const share = isNumber(used) && isNumber(total) && total > 0 ? used / total : null;
-  const tone = share === null ? "" : share > 0.95 ? "full" : share > 0.85 ? "tight" : "";
+  const tone = share === null ? "" : share > 0.97 ? "full" : share > 0.93 ? "tight" : "";
   const bar = el("i", { class: tone });
   bar.style.width = `${Math.min(100, 100 * (share ?? 0))}%`;
   const free = share === null ? "unknown" : `${bytes(total - used)} free of ${bytes(total)}`;
@@ -51,29 +80,23 @@ function meter(name, used, total) {
 }
 
 export function gpus(status) {
-  const all = Array.isArray(status.gpus) ? status.gpus : Array.isArray(status.gpus?.devices) ? status.gpus.devices : [];
-  if (!all.length) return put("gpus", el("p", { class: "empty" }, "No GPU is seen on this machine."));
-  const hot = all.map((one) => first(one, "temperature_c", "temperature")).filter(isNumber);
+  const all = status.gpus ?? [];
+  if (!all.length) return put("gpus", el("p", { class: "empty" }, "No GPU is seen on this machine."), status.unseen?.GPUs ? el("p", { class: "note" }, status.unseen.GPUs) : "");
+  const hot = all.map((one) => one.temperature_c).filter(isNumber);
   put("gpus", el("p", { class: "big" }, String(all.length), el("small", {}, hot.length ? ` · hottest ${Math.max(...hot)} °C` : "")),
     ...all.slice(0, 8).map((one, at) => meter(`GPU ${first(one, "index") ?? at}`,
-      first(one, "used_bytes", "memory_used_bytes", "mem_used_bytes"), first(one, "total_bytes", "memory_total_bytes", "mem_total_bytes"))),
+      first(one, "used_bytes"), first(one, "total_bytes"))),
     all.length > 8 ? el("p", { class: "note" }, `and ${all.length - 8} more`) : "");
 }
 
 export function host(status) {
   const one = status.host ?? {};
-  const total = first(one, "memory_total_bytes", "total_bytes", "mem_total_bytes");
-  const available = first(one, "memory_available_bytes", "available_bytes", "mem_available_bytes");
+  const total = first(one, "total_bytes"), available = first(one, "available_bytes");
   const meters = isNumber(total) ? [meter("Memory", isNumber(available) ? total - available : null, total)] : [];
-  const pairs = Object.entries(one).filter(([, value]) => isNumber(value) || typeof value === "string")
-    .filter(([key]) => !/memory_(total|available)|^(total|available)_bytes/.test(key)).slice(0, 6)
-    .map(([key, value]) => [words(key.replace(/_(bytes|s)$/, "")), /_bytes$/.test(key) ? bytes(value) : /_s$/.test(key) ? span(value) : isNumber(value) ? figure(value) : value]);
-  put("host", ...meters, rows([
-    ...pairs,
-    ["Watching for", span(status.uptime_s)],
-    ["Gate", `${text(status.gate?.order)}, generation ${text(status.gate?.generation)}`],
-    ["Restarts left", text(status.budget?.restarts_left)],
-  ]));
+  const kills = first(one, "oom_kills");
+  put("host", el("p", { class: "big" }, isNumber(available) ? bytes(available) : "unknown", el("small", {}, " memory free")), ...meters, rows([
+    ["OOM kills seen", text(kills), kills > 0 ? "warn" : ""],
+  ]), ...Object.entries(status.unseen ?? {}).filter(([what]) => what !== "GPUs").slice(0, 4).map(([what, why]) => el("p", { class: "note" }, `Not watched: ${what}: ${why}`)));
 }
 
 const KINDS = { would: "would hold", called: "call" };
@@ -84,12 +107,14 @@ function timeline(notices) {
   ]));
 }
 
+// What an incident cost so far, in words; "" for nothing.
+export const did = (one) => [["restarts", "restart"], ["resyncs", "re-sync"], ["rollbacks", "rollback"], ["relaunches", "relaunch"], ["refused_batches", "refused batch"]]
+  .filter(([key]) => one[key]).map(([key, word]) => `${one[key]} ${word}${one[key] === 1 ? "" : word.endsWith("ch") ? "es" : "s"}`).join(" · ");
+
 function incident(one, open) {
   const stage = { held: ["held now", "bad"], probation: ["on probation", "info"], closed: ["over", "good"] }[one.stage] ?? [one.stage, ""];
   const held = (one.resumed_at ?? one.closed_at ?? Date.now() / 1000) - one.opened_at;
-  const did = [["restarts", "restart"], ["resyncs", "re-sync"], ["rollbacks", "rollback"], ["refused_batches", "refused batch"]]
-    .filter(([key]) => one[key]).map(([key, word]) => `${one[key]} ${word}${one[key] === 1 ? "" : word.endsWith("ch") ? "es" : "s"}`);
-  const facts = [isNumber(one.onset_step) ? `since step ${one.onset_step}` : null, `held ${span(held)}`, ...did].filter(Boolean).join(" · ");
+  const facts = [isNumber(one.onset_step) ? `since step ${one.onset_step}` : null, `held ${span(held)}`, did(one)].filter(Boolean).join(" · ");
   const summary = el("summary", {}, el("b", {}, `${one.id}. ${words(one.cause)}${one.server ? `, ${one.server}` : ""}`),
     el("span", { class: `badge ${stage[1]}` }, stage[0]), el("span", {}, facts), el("span", {}, clock(one.opened_at)));
   const evidence = Array.isArray(one.evidence) ? one.evidence : Object.entries(one.evidence ?? {}).map(([key, value]) => `${words(key)} ${figure(value)}`);

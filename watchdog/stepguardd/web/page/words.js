@@ -53,8 +53,12 @@ export function bytes(count) {
   return `${Math.round(count / 1024)} KiB`;
 }
 
+// Made once: to make one costs more than to use it a hundred times, and a curve has thousands of times.
+const TIME = new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-digit", second: "2-digit" });
+const DAY = new Intl.DateTimeFormat("en-GB", { day: "numeric", month: "short" });
+
 export function clock(wall) {
-  const at = new Date(wall * 1000);
-  const day = at.toDateString() === new Date().toDateString() ? "" : at.toLocaleDateString("en-GB", { day: "numeric", month: "short" }) + " ";
-  return day + at.toLocaleTimeString("en-GB");
+  const at = new Date(wall * 1000), now = new Date();
+  const today = at.getDate() === now.getDate() && at.getMonth() === now.getMonth() && at.getFullYear() === now.getFullYear();
+  return today ? TIME.format(at) : `${DAY.format(at)} ${TIME.format(at)}`;
 }
