@@ -1,6 +1,7 @@
 """What is read of a run; and that trouble with telling never ends the watching."""
 
 import asyncio
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,31 @@ def test_every_figure_is_documented_with_its_unit_and_meaning() -> None:
     assert documented == there
     for name, _kind, unit, _meaning in rows:
         assert unit in name or unit in {"1", "count"}, name
+
+
+def test_the_dashboard_asks_for_nothing_that_is_not_answered() -> None:
+    board = json.loads((DOCS / "grafana.json").read_text())
+    sources = [
+        *board["annotations"]["list"],
+        *(target for panel in board["panels"] for target in panel["targets"]),
+    ]
+    asked = set(re.findall(r"stepguard_\w+", " ".join(one["expr"] for one in sources)))
+    answered = {one.name + ("_total" if one.type == "counter" else "") for one in families(FULL, quiet_s=0.1)}
+    assert asked <= answered, asked - answered
+    assert len(asked) > 10
+    labels = {"phase", "state", "server", "gpu", "instance"}  # `instance` is Prometheus's own
+    given = {name for one in families(FULL, quiet_s=0.1) for sample in one.samples for name in sample.labels}
+    legends = set(re.findall(r"{{(\w+)}}", json.dumps(board)))
+    assert legends <= labels & (given | {"instance"})
+    places = [panel["gridPos"] for panel in board["panels"]]
+    taken = [
+        (x, y)
+        for at in places
+        for x in range(at["x"], at["x"] + at["w"])
+        for y in range(at["y"], at["y"] + at["h"])
+    ]
+    assert len(taken) == len(set(taken)), "two panels lie over each other"
+    assert max(x for x, _ in taken) < 24
 
 
 def test_health_is_the_decision_loops() -> None:
