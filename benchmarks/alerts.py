@@ -117,7 +117,7 @@ def _next(arrived: queue.Queue[tuple[float, str]], kind: str) -> float:
 
 @contextlib.contextmanager
 def _receiver() -> Iterator[tuple[str, queue.Queue[tuple[float, str]]]]:
-    arrived: queue.Queue[tuple[float, str]] = queue.Queue()
+    arrived: queue.Queue[tuple[float, str]] = queue.Queue(maxsize=1000)
 
     class Takes(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:

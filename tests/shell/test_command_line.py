@@ -159,6 +159,7 @@ def test_status_of_a_held_run_is_bad_news(
         (["plan-server", "sglang", "--for", "0"], ("plan-server", {"server": "sglang", "for_s": 0.0})),
         (["restart-server", "-y"], ("restart-server", {"server": None})),
         (["restart-server", "sglang", "-y"], ("restart-server", {"server": "sglang"})),
+        (["mode", "shadow"], ("mode", {"mode": "shadow"})),
         (["ack"], ("ack", {"incident": None})),
         (["ack", "3"], ("ack", {"incident": "3"})),
     ],
@@ -177,6 +178,19 @@ def test_a_wish_goes_to_the_daemon_and_its_answer_to_the_person(
     assert said == (0, f"{message}\n", "")
     assert said_in_json == (0, json.dumps({"message": message}) + "\n", "")
     assert [(verb, why, args) for verb, _, why, args in daemon.asked] == [(asked[0], "a look", asked[1])] * 2
+
+
+def test_mode_without_a_word_says_which_is_in_force_and_what_it_means(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with serving(tmp_path, FakeDaemon()):
+        said = stepguard(capsys, "mode", "--run-dir", tmp_path)
+        said_in_json = stepguard(capsys, "mode", "--run-dir", tmp_path, "--json")
+        wrong = stepguard(capsys, "mode", "brave", "--run-dir", tmp_path)
+    assert said == (0, "Mode act: it holds, restarts servers and rolls back by itself.\n", "")
+    assert said_in_json == (0, '{"mode": "act"}\n', "")
+    assert wrong[:2] == (2, "")
+    assert "'shadow', 'hold', 'act'" in wrong[2]
 
 
 @pytest.mark.parametrize("command", ["rollback", "restart-server"])

@@ -1,6 +1,7 @@
 """Who may come in over TCP: what a browser can be made to send, against the whole application."""
 
 import asyncio
+import ssl
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+import trustme
 from pydantic import ValidationError
 
 from shell.fake_daemon import FakeDaemon, serving
@@ -17,6 +19,7 @@ from stepguardd.control.client import ControlClient
 from stepguardd.control.contract import Refused
 from stepguardd.web.doors import Doors
 from stepguardd.web.keys import Keys, TokenError
+from stepguardd.web.server import PageServer
 
 TOKEN = "t" * 43
 BASE = "http://127.0.0.1:8722"
@@ -195,3 +198,38 @@ def test_beyond_loopback_there_is_no_listening_without_tls(tmp_path: Path) -> No
         both = {"tls_cert": tmp_path / "c.pem", "tls_key": tmp_path / "k.pem"}
         assert WebSettings(listen=listen, **both).listen == listen
     assert WebSettings(listen="[::1]:8722").tls_cert is None
+
+
+def test_with_tls_the_page_answers_by_it_alone_and_beyond_loopback_only_to_the_token(tmp_path: Path) -> None:
+    """On every address of this machine, as a page beyond loopback is; asked by the loopback's name."""
+    ca = trustme.CA()
+    pair = ca.issue_cert("127.0.0.1")
+    pair.private_key_pem.write_to_path(tmp_path / "key.pem")
+    for part in pair.cert_chain_pems:
+        part.write_to_path(tmp_path / "cert.pem", append=True)
+    both = {"tls_cert": tmp_path / "cert.pem", "tls_key": tmp_path / "key.pem"}
+    page = PageServer(WebSettings(listen="0.0.0.0:0", **both), tmp_path)
+    context = ssl.create_default_context()
+    ca.configure_trust(context)
+
+    async def live() -> None:
+        serving = asyncio.create_task(page.serve(create_app(FakeDaemon(), page.keys)))
+        try:
+            async with asyncio.timeout(60), httpx.AsyncClient(verify=context, trust_env=False) as client:
+                while page.url is None:
+                    assert not serving.done()
+                    await asyncio.sleep(0)
+                assert page.url.startswith("https://")
+                port = page.url.rpartition(":")[2]
+                where = f"https://127.0.0.1:{port}/api/v1/status"
+                assert (await client.get(where)).status_code == 401
+                token = (tmp_path / "web.token").read_text().strip()
+                reply = await client.get(where, headers={"authorization": f"Bearer {token}"})
+                assert reply.json()["run"] == "math"
+                with pytest.raises(httpx.HTTPError):
+                    await client.get(where.replace("https", "http"))
+        finally:
+            serving.cancel()
+            await asyncio.wait([serving])
+
+    asyncio.run(live())

@@ -30,6 +30,7 @@ COMMANDS = {
     "rollback": "Go back to a checkpoint from before the trouble.",
     "restart-server": "Restart an inference server; renew its weights.",
     "plan-server": "Announce a server's silence, so that it holds nothing.",
+    "mode": "How far Stepguard may go by itself.",
     "open": "A link that opens the run's page.",
     "init": "Write a config for what runs on this machine.",
     "doctor": "Check this machine: is all well, and what helps if not.",
