@@ -60,7 +60,7 @@ def test_the_gate_is_written_before_the_server_is_ended_and_ended_before_it_is_s
     world.kill()
     assert recovered(world)
     kinds = [type(c).__name__ for _, c in world.said if type(c).__name__ not in {"Notify", "PublishGate"}]
-    assert kinds == ["StopServer", "StartServer", "RunCanary", "PushWeights"]
+    assert kinds == ["StopServer", "StartServer", "RunCanary", "PushWeights", "CompareWeights"]
 
 
 def test_a_restarted_server_gets_the_weights_by_a_push() -> None:

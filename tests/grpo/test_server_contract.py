@@ -17,6 +17,8 @@ from typing import Any
 import httpx
 import pytest
 
+from stepguard_grpo.model import write_base_model
+
 pytestmark = pytest.mark.e2e
 
 PROMPT = [10, 1, 2, 3, 4, 11]
@@ -348,6 +350,31 @@ def test_no_request_straddles_a_weight_update(
     assert early.result(timeout=10).json()["meta_info"]["weight_version"] == as_before["weight_version"]
     assert update.result(timeout=10).json()["success"] is True
     assert late.result(timeout=10).json()["meta_info"]["weight_version"] == "9"
+
+
+def test_a_checksum_is_of_the_weights_and_not_of_their_name(
+    http: httpx.Client, as_before: dict[str, Any]
+) -> None:
+    """The same weights under another version have the same checksum; see also the test of other weights."""
+    first = http.post("/weights_checker", json={"action": "checksum"}).json()
+    assert first["success"] is True
+    assert len(first["ranks"]) == 1
+    assert {"tp_rank", "tp_size", "pp_size", "dp_size"} <= set(first["ranks"][0]["parallelism_info"][0])
+    body = {"model_path": as_before["model_path"], "weight_version": "11"}
+    assert http.post("/update_weights_from_disk", json=body).json()["success"] is True
+    again = http.get("/weights_checker").json()
+    assert again["per_engine_checksum"] == first["per_engine_checksum"]
+    assert len(again["per_engine_checksum"]) == 64
+
+
+def test_other_weights_have_another_checksum(
+    http: httpx.Client, as_before: dict[str, Any], tmp_path: Path
+) -> None:
+    first = http.get("/weights_checker").json()["per_engine_checksum"]
+    write_base_model(tmp_path / "other", seed=7)
+    body = {"model_path": str(tmp_path / "other"), "weight_version": "12"}
+    assert http.post("/update_weights_from_disk", json=body).json()["success"] is True
+    assert http.get("/weights_checker").json()["per_engine_checksum"] != first
 
 
 def test_outside_a_group_distributed_weights_are_refused(http: httpx.Client) -> None:

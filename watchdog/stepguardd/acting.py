@@ -15,6 +15,7 @@ from stepguard.gate import PATH_BYTES_MAX
 
 from .config import Config
 from .core.commands import (
+    CompareWeights,
     ContinueServer,
     Effect,
     PrepareRollback,
@@ -32,7 +33,7 @@ from .effects.outcome import Outcome, failed
 from .effects.processes import resume
 from .effects.rollback import prepare
 from .effects.trainer import Resume
-from .effects.weights import push
+from .effects.weights import compare, push
 from .failpoint import failpoint
 from .journal import JournalError
 from .sources.trainer_tree import TrainerProcesses
@@ -41,6 +42,7 @@ from .watching import WatchedServer
 log = logging.getLogger("stepguardd")
 
 INTENT_TIMEOUT_S: Final = 10.0
+COMPARE_TIMEOUT_S: Final = 20.0
 LOOK_BACK_S: Final = 2.0
 
 Durable = asyncio.Future[None] | None
@@ -119,6 +121,7 @@ class Acting:
                 target_step=outcome.target_step,
                 target_path=outcome.target_path,
                 needless=outcome.needless,
+                looks=outcome.looks,
                 kept_arguments=outcome.kept_arguments,
             )
         )
@@ -170,7 +173,7 @@ class Acting:
     async def _on_server(
         self,
         server: WatchedServer,
-        effect: ContinueServer | StopServer | StartServer | RunCanary | PushWeights,
+        effect: ContinueServer | StopServer | StartServer | RunCanary | PushWeights | CompareWeights,
     ) -> Outcome:
         recovery = self._config.recovery
         match effect:
@@ -204,6 +207,15 @@ class Acting:
                     pattern=self._config.weights.path,
                     version=effect.version,
                     timeout_s=recovery.resync_timeout_s,
+                    base=server.base_model,
+                    anew=effect.anew,
+                )
+            case CompareWeights():
+                other = None if effect.other is None else self._watched.get(effect.other)
+                return await compare(
+                    (effect.server, server.http),
+                    None if other is None else (other.settings.name, other.http),
+                    timeout_s=min(recovery.canary_timeout_s, COMPARE_TIMEOUT_S),
                 )
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 from . import clock, proc
@@ -9,7 +10,7 @@ from .config import Config
 from .core.events import Event, Proc
 from .core.state import Server, ServerState, Stage
 from .effects.backends import backend
-from .effects.backends.contract import port_of
+from .effects.backends.contract import port_of, value_of
 from .incidents.collected import SCRAPE_BYTES_MAX, SCRAPE_EVERY_S, SERVERS_SCRAPED_MAX, Scrape
 from .sources import sglang
 from .sources.process import ServerProcesses
@@ -31,6 +32,7 @@ class WatchedServer:
         self._names = sglang.Names()
         self.http = sglang.client(self.settings.url, config.probe.timeout_s)
         self.processes = ServerProcesses(self.settings.name, self.backend.find, emit)
+        self.base_model = base_model(self.settings.command)
         self.changing = asyncio.Lock()
         self._changes = 0
         self._emit = emit
@@ -133,6 +135,12 @@ class WatchedServer:
     def _repairing(self) -> bool:
         server = self._now()
         return server is not None and (server.repair is not None or server.state is ServerState.DEAD)
+
+
+def base_model(command: tuple[str, ...]) -> Path | None:
+    """The folder that a server's own command names as its model; None for a name of a hub, or none."""
+    path = value_of(command, "--model-path") or value_of(command, "--model")
+    return Path(path) if path is not None and path.startswith("/") else None
 
 
 def identity(config: Config) -> str:

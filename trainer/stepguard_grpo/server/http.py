@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import logging
 import time
@@ -137,7 +138,8 @@ def build_app(state: State) -> web.Application:
     }
     app.add_routes([web.get(path, handler) for path, handler in get.items()])
     app.add_routes([web.post(path, handler) for path, handler in post.items()])
-    app.add_routes([web.route(method, "/flush_cache", flush_cache) for method in ("GET", "POST")])
+    for path, handler in {"/flush_cache": flush_cache, "/weights_checker": weights_checker}.items():
+        app.add_routes([web.route(method, path, handler) for method in ("GET", "POST")])
     return app
 
 
@@ -528,6 +530,29 @@ async def _group_call(request: web.Request, operation: str, **fields: Any) -> we
     reply = await request.app[STATE].link.ask(operation, **fields)
     answer = {"success": reply["success"], "message": reply["message"]}
     return web.json_response(answer, status=200 if reply["success"] else 400)
+
+
+async def weights_checker(request: web.Request) -> web.Response:
+    """A checksum of the served weights; of SGLang's actions this one alone."""
+    body = await _body(request) if request.body_exists else {}
+    action = _text(body, "action", "checksum")
+    if action != "checksum":
+        return web.json_response({"success": False, "message": f"Unsupported action: {action}"}, status=400)
+    checksums = (await request.app[STATE].link.ask("checksum"))["checksums"]
+    rank = hashlib.sha256(json.dumps(checksums, sort_keys=True).encode()).hexdigest()
+    split: dict[str, str | int] = {"role": "target", "rank": 0, "size": 1}
+    for kind in ("tp", "dp", "pp"):
+        split |= {f"{kind}_rank": 0, f"{kind}_size": 1}
+    return web.json_response(
+        {
+            "success": True,
+            "message": "Success.",
+            "ranks": [
+                {"checksums": checksums, "per_gpu_checksum": rank, "parallelism_info": [split]},
+            ],
+            "per_engine_checksum": hashlib.sha256(rank.encode()).hexdigest(),
+        }
+    )
 
 
 async def flush_cache(request: web.Request) -> web.Response:

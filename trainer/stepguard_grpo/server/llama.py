@@ -8,6 +8,7 @@ sequences here are a dozen tokens long. Not for models of real size.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,13 @@ class Llama:
             if merged[name].shape != value.shape:
                 raise ValueError(f"{name}: shape {merged[name].shape[::-1]}, not {value.shape[::-1]}")
         self._weights = merged
+
+    def checksums(self) -> dict[str, str]:
+        """A checksum of each tensor, by its name."""
+        return {
+            name: hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()[:16]
+            for name, value in self._weights.items()
+        }
 
     def logits(self, tokens: NDArray[np.int64]) -> Floats:
         """

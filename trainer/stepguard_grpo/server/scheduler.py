@@ -127,6 +127,8 @@ class Scheduler:
             self._sleep_s = message["forward_sleep_time"] or 0.0
         elif operation == "info":
             return {"internal_states": [{"last_gen_throughput": self._throughput[2], "paused": self._paused}]}
+        elif operation == "checksum":
+            return {"checksums": self._engine.model.checksums()}
         elif operation == "join_group":
             return _outcome(
                 lambda: self._groups.join(message["group_name"], message["host"], message["port"]),

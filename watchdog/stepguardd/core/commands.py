@@ -74,11 +74,25 @@ class RunCanary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PushWeights:
-    """Load the trainer's current weights from disk into a server, and see that it says so."""
+    """
+    Load the trainer's current weights from disk into a server, and see that it says so.
+
+    With `anew` also into one that says so already.
+    """
 
     intent: str
     server: str
     version: str
+    anew: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareWeights:
+    """See what a server's weights show of themselves, beside those of another one of the same version."""
+
+    intent: str
+    server: str
+    other: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +153,7 @@ Effect = (
     | StartServer
     | RunCanary
     | PushWeights
+    | CompareWeights
     | PrepareRollback
     | StopTrainer
     | StartTrainer

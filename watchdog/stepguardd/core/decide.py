@@ -175,6 +175,8 @@ def _on_server(turn: Turn, event: _OfServer) -> None:
     match event:
         case ServerProbed():
             server, suspicion = fleet.probed(server, event, turn.state.trainer, turn.state.settings, turn.now)
+            if suspicion is None:
+                server, suspicion = weights.version_seen(turn, server, event)
         case TreeSampled():
             server, suspicion = fleet.sampled(server, event, turn.now)
         case ProcessExited():

@@ -291,6 +291,30 @@ class RewardLogged:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GreedyToken:
+    """One token of a greedy answer, and its log-probability; None where the server did not say it."""
+
+    token: int
+    log_prob: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsLook:
+    """
+    What one server's weights showed of themselves. None and an empty answer are unknown.
+
+    `version` is what the server said before and after; None where that changed meanwhile. Checksums of two
+    servers can be compared where `layout`, how the weights are split, is the same.
+    """
+
+    server: str
+    version: str | None = None
+    checksum: str | None = None
+    layout: str | None = None
+    greedy: tuple[GreedyToken, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EffectEnded:
     """A command with this intent was carried out, or could not be, or was `needless`: all was so already."""
 
@@ -303,6 +327,8 @@ class EffectEnded:
     needless: bool = False
     kept_arguments: str | None = None
     """Why a server was started with its old arguments, though others were asked for."""
+    looks: tuple[WeightsLook, ...] = ()
+    """What a look at weights showed: of the server, then of the other one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

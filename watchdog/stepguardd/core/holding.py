@@ -13,7 +13,7 @@ from .commands import PublishGate
 from .events import (
     OrderAcknowledged,
 )
-from .reasons import Reason
+from .reasons import CONTRADICTIONS, Reason
 from .state import GateOrder, Incident, Server, ServerState, State
 from .turn import Turn
 
@@ -24,10 +24,18 @@ def healthy(state: State) -> bool:
 
 
 def why_down(state: State) -> Reason | None:
-    """Why rollouts cannot be had now: fewer servers usable than the quorum asks for."""
+    """
+    Why rollouts cannot be had now: fewer servers usable than the quorum asks for.
+
+    Weights that contradict their own label also hold a run with servers enough: nobody knows since when, nor
+    which of the others have them.
+    """
     if not state.servers:
         return None
     down = [server for server in state.servers if not server.usable]
+    for server in down:
+        if server.reason in CONTRADICTIONS:
+            return server.reason
     if 1.0 - len(down) / len(state.servers) >= state.settings.quorum:
         return None
     return down[0].reason or Reason.SERVER_DIED

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-__all__ = ["Reason"]
+__all__ = ["CONTRADICTIONS", "Reason"]
 
 
 class Reason(StrEnum):
@@ -84,6 +84,13 @@ class Reason(StrEnum):
 
     SERVER_EXCEPTION = "server_exception"
     """Its log tells of a crash that its processes do not show yet."""
+
+    VERSION_WENT_BACK = "version_went_back"
+    """Within one attempt it serves an older version of the weights than it did."""
+    CHECKSUM_DIFFERS = "checksum_differs"
+    """Two replicas say the same version, and their weights are not the same."""
+    ANSWER_DIFFERS = "answer_differs"
+    """It says the right version, and does not generate what that version generated."""
 
     # --- Memory and GPUs
     HOST_OOM = "host_oom"
@@ -171,3 +178,7 @@ class Reason(StrEnum):
     UNKNOWN_VERB = "unknown_verb"
     RECONCILING = "reconciling"
     """The daemon came back to a held gate and looks at every server before it lets go."""
+
+
+CONTRADICTIONS = frozenset({Reason.VERSION_WENT_BACK, Reason.CHECKSUM_DIFFERS, Reason.ANSWER_DIFFERS})
+"""Weights that are not what their label says."""

@@ -18,7 +18,7 @@ from .commands import ContinueServer, RunCanary, StartServer, StopServer
 from .events import Answer, EffectEnded, ServerProbed, TreeSampled
 from .fleet import Remedy, Suspicion, current, well
 from .giving_up import give_up
-from .reasons import Reason
+from .reasons import CONTRADICTIONS, Reason
 from .state import Endpoints, Hands, Repair, Server, ServerState, Stage
 from .turn import Turn
 
@@ -129,6 +129,8 @@ def accept(turn: Turn, server: Server) -> None:
     """
     alive = server.state in {ServerState.SUSPECT, ServerState.STALE}
     if alive and (server.repair is None or server.repair.stage in _SOFT):
+        if server.reason in CONTRADICTIONS:
+            turn.state = replace(turn.state, answers=())  # what was known of the weights was wrong, then
         turn.put(replace(server, repair=None).move(ServerState.SERVING, turn.now, None))
     elif server.state is ServerState.DEAD and server.repair is None and server.managed:
         reason = server.reason or Reason.SERVER_DIED
@@ -153,7 +155,7 @@ def effect_ended(turn: Turn, server: Server, event: EffectEnded) -> None:
         case Stage.CANARY:
             _canary_ended(turn, server, repair, event)
         case Stage.WEIGHTS:
-            weights.push_ended(turn, server, repair, event)
+            weights.effect_ended(turn, server, repair, event)
         case Stage.WATCH | Stage.BACKOFF | Stage.READY:
             pass
 
@@ -165,7 +167,7 @@ def probed(turn: Turn, server: Server, event: ServerProbed) -> None:
         trainer, settings = turn.state.trainer, turn.state.settings
         known = server.weight_version is not None and trainer.weight_version is not None
         fresh = known and current(server.weight_version, trainer.weight_version, settings.max_staleness)
-        if server.state is ServerState.STALE and fresh:
+        if server.state is ServerState.STALE and fresh and server.reason not in CONTRADICTIONS:
             _canary(turn, _begun(turn, server, Reason.SERVER_RETURNED, Stage.CANARY, ServerState.STALE))
         return
     up = event.model_info is Answer.OK and event.ready in {Answer.OK, Answer.NOT_OFFERED}
@@ -309,6 +311,8 @@ def _unknown(server: Server) -> Server:
     return replace(
         server,
         weight_version=None,
+        newest=None,
+        older_probes=0,
         failed_probes=0,
         stale_probes=0,
         running=None,

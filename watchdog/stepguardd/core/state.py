@@ -16,6 +16,7 @@ from .events import Answer, GpuTroubled, LogSeen, OomSeen, Proc
 from .invariants import require
 from .ledger import LedgerRow
 from .memory import Climb, Ladder, Short, Sizes
+from .proof import KnownAnswer
 from .reasons import Reason
 from .reward import RewardConfig, RewardState
 from .reward import start as start_judging
@@ -164,6 +165,8 @@ class Repair:
     `restarts` tells whether this repair restarts the server, or only looks and re-syncs.
     `started_at` is when it was last started in it, `unseen` whether that start showed no process here.
     An effect that failed and may be tried again is, but not before `again_at`.
+    `compared` tells that the weights showed what they should. Those that did not are `distrusted` until they
+    are loaded anew, whatever version the server says, and `contradicted` for the whole repair.
     """
 
     cause: Reason
@@ -177,6 +180,10 @@ class Repair:
     resync_again_at: float | None = None
     again_at: float | None = None
     pushing: str | None = None
+    comparing: bool = False
+    compared: bool = False
+    distrusted: bool = False
+    contradicted: bool = False
     push_failed: bool = False
     called: bool = False
     changed: bool = False
@@ -195,6 +202,15 @@ class Endpoints:
     server_info: Answer = Answer.UNKNOWN
     loads: Answer = Answer.UNKNOWN
     health: Answer = Answer.UNKNOWN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Newest:
+    """The newest version that a server served, in one attempt of one trainer process."""
+
+    pid: int
+    attempt: int
+    version: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,6 +250,8 @@ class Server:
     sampled_at: float | None = None
     busy_at: float | None = None
     stale_probes: int = 0
+    newest: Newest | None = None
+    older_probes: int = 0
     failed_probes: int = 0
     endpoints: Endpoints = field(default_factory=Endpoints)
     ready_doubted: bool = False
@@ -583,6 +601,7 @@ class State:
     surroundings: Surroundings = field(default_factory=Surroundings)
     stall: Stall = field(default_factory=Stall)
     suspects: Suspects = field(default_factory=Suspects)
+    answers: tuple[KnownAnswer, ...] = ()
     stream_step: int | None = None
     stream_position: str | None = None
     nodes: tuple[Node, ...] = ()

@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 
-from .commands import PushWeights
-from .events import Answer, EffectEnded, OrderAcknowledged
-from .fleet import current
+from . import proof
+from .commands import CompareWeights, PushWeights
+from .events import Answer, EffectEnded, OrderAcknowledged, ServerProbed, WeightsLook
+from .fleet import STALE_PROBES, Remedy, Suspicion, current
 from .giving_up import give_up
 from .reasons import Reason
-from .state import Mode, Repair, Server, ServerState, Stage
+from .state import Mode, Newest, Repair, Server, ServerState, Stage
 from .turn import Turn
 
 RESYNC_TRIES = 3
@@ -30,8 +31,9 @@ def prove(turn: Turn, server: Server) -> None:
         serve(turn, server)  # nobody holds other weights yet: the trainer pushes its own when it starts
         return
     known = server.weight_version is not None and trainer.weight_version is not None
-    if known and current(server.weight_version, trainer.weight_version, settings.max_staleness):
-        serve(turn, server)
+    fresh = known and current(server.weight_version, trainer.weight_version, settings.max_staleness)
+    if fresh and not repair.distrusted:
+        _confirm(turn, server, repair)
         return
     if turn.state.mode is Mode.SHADOW:
         if not known:
@@ -41,8 +43,11 @@ def prove(turn: Turn, server: Server) -> None:
     if push and not (repair.push_failed and trainer.handles_resync) and again(turn, repair):
         assert trainer.weight_version is not None
         intent = turn.intent("push")
-        turn.put(replace(server, repair=replace(repair, intent=intent, pushing=trainer.weight_version)))
-        turn.commands.append(PushWeights(intent=intent, server=server.name, version=trainer.weight_version))
+        version = trainer.weight_version
+        turn.put(replace(server, repair=replace(repair, intent=intent, pushing=version)))
+        turn.commands.append(
+            PushWeights(intent=intent, server=server.name, version=version, anew=repair.distrusted)
+        )
     elif trainer.handles_resync and (not push or repair.push_failed) and _may_resync(turn, repair):
         generation = turn.state.gate.generation + 1
         turn.put(replace(server, repair=replace(repair, resync_generation=generation)))
@@ -70,7 +75,14 @@ def acknowledged(turn: Turn, server: Server, event: OrderAcknowledged) -> None:
     if not event.ok:
         _resync_failed(turn, server, repair, event.detail)
         return
-    repair = replace(repair, resync_generation=None, changed=True, resynced_at=turn.now)
+    repair = replace(
+        repair,
+        resync_generation=None,
+        changed=True,
+        resynced_at=turn.now,
+        compared=False,
+        distrusted=False,
+    )
     server = replace(server, repair=repair)
     turn.put(server)
     if repair.stage is Stage.START:  # the trainer made it anew; whether it serves, the probes will tell
@@ -99,13 +111,125 @@ def _resync_failed(turn: Turn, server: Server, repair: Repair, detail: str) -> N
     )
 
 
-def push_ended(turn: Turn, server: Server, repair: Repair, event: EffectEnded) -> None:
+def _confirm(turn: Turn, server: Server, repair: Repair) -> None:
+    """The version is right. Whether the weights are the ones of that name, they have to show themselves."""
+    if repair.compared or turn.state.mode is Mode.SHADOW:
+        serve(turn, server)
+        return
+    others = [one for one in turn.state.servers if one.name != server.name]
+    if repair.contradicted and any(one.repair is not None and one.repair.distrusted for one in others):
+        return  # the other one of the two is being loaded anew: then they can be compared again
+    like = (one.name for one in others if one.weight_version == server.weight_version and _comparable(one))
+    other = next(like, None)
+    intent = turn.intent("compare")
+    turn.put(replace(server, repair=replace(repair, intent=intent, comparing=True, since=turn.now)))
+    turn.commands.append(CompareWeights(intent=intent, server=server.name, other=other))
+
+
+def _comparable(server: Server) -> bool:
+    again = server.repair is not None and server.repair.contradicted and not server.repair.distrusted
+    return server.state is ServerState.SERVING or again
+
+
+def effect_ended(turn: Turn, server: Server, repair: Repair, event: EffectEnded) -> None:
+    """A push has ended, or a look at the weights."""
+    if repair.comparing:
+        _compared(turn, server, replace(repair, intent=None, comparing=False), event.looks)
+    else:
+        _push_ended(turn, server, repair, event)
+
+
+def _compared(turn: Turn, server: Server, repair: Repair, looks: tuple[WeightsLook, ...]) -> None:
+    """What could not be learned speaks neither for the weights nor against them."""
+    own = looks[0] if looks else WeightsLook(server=server.name)
+    peer = looks[1] if len(looks) > 1 else None
+    attempt = turn.state.trainer.attempt
+    if own.version is None or own.version != server.weight_version:
+        # Unknown, or the trainer pushed another meanwhile: the version still has the word.
+        _go_on(turn, server, replace(repair, compared=own.version is None))
+        return
+    known = proof.answer(turn.state.answers, attempt, own.version)
+    found = proof.contradiction(own, peer, known)
+    if found is not None:
+        _contradicted(turn, server, repair, found)
+        return
+    if not repair.contradicted:  # of two that contradicted each other either may have been wrong
+        answers = proof.learned(turn.state.answers, attempt, own.version, own.greedy)
+        turn.state = replace(turn.state, answers=answers)
+    _go_on(turn, server, replace(repair, compared=True))
+
+
+def _go_on(turn: Turn, server: Server, repair: Repair) -> None:
+    server = replace(server, repair=repair)
+    turn.put(server)
+    prove(turn, server)
+
+
+def _contradicted(turn: Turn, server: Server, repair: Repair, found: proof.Contradiction) -> None:
+    """Loaded anew, once: the server, and the other one too where nobody can tell which of them is wrong."""
+    reason = found.reason
+    turn.note("call", reason, found.text)
+    if repair.contradicted:
+        turn.put(replace(server, repair=repair))
+        give_up(turn, server.move(ServerState.STALE, turn.now, reason), reason)
+        return
+    _distrust(turn, server, repair, reason)
+    other = None if found.peer is None else turn.server(found.peer)
+    if other is not None and other.state is ServerState.SERVING:
+        fresh = Repair(cause=reason, stage=Stage.WEIGHTS, since=turn.now, began=turn.now)
+        _distrust(turn, other, fresh, reason)
+
+
+def _distrust(turn: Turn, server: Server, repair: Repair, reason: Reason) -> None:
+    repair = replace(
+        repair, cause=reason, since=turn.now, push_failed=False, distrusted=True, contradicted=True
+    )
+    server = replace(server, repair=repair).move(ServerState.STALE, turn.now, reason)
+    turn.put(server)
+    prove(turn, server)
+
+
+def version_seen(turn: Turn, server: Server, event: ServerProbed) -> tuple[Server, Suspicion | None]:
+    """
+    A server's version may stay or rise within an attempt; two looks running at an older one are no accident.
+
+    Unknown without a trainer's page, which alone tells attempts apart. Nothing is said while a rollback, a
+    relaunch or the server's own repair puts weights where they belong.
+    """
+    trainer, version = turn.state.trainer, event.weight_version
+    settled = turn.state.rollback is None and turn.state.relaunch is None and server.repair is None
+    serving = server.state is ServerState.SERVING
+    if version is None or trainer.pid is None or trainer.alive is False or not (settled and serving):
+        return server, None
+    newest = server.newest
+    if newest is None or (newest.pid, newest.attempt) != (trainer.pid, trainer.attempt):
+        newest = Newest(pid=trainer.pid, attempt=trainer.attempt, version=version)
+    went_back = proof.older(version, newest.version)
+    if not went_back:
+        newest = replace(newest, version=version)
+        return replace(server, newest=newest, older_probes=0), None
+    server = replace(server, newest=newest, older_probes=server.older_probes + 1)
+    if server.older_probes < STALE_PROBES:
+        return server, None
+    turn.note(
+        "call",
+        Reason.VERSION_WENT_BACK,
+        f"{server.name} went back from version {newest.version} to {version} within one attempt",
+    )
+    # Told once; from here on this is what it serves.
+    server = replace(server, newest=replace(newest, version=version), older_probes=0)
+    return server, Suspicion(reason=Reason.VERSION_WENT_BACK, remedy=Remedy.RESYNC)
+
+
+def _push_ended(turn: Turn, server: Server, repair: Repair, event: EffectEnded) -> None:
     """A push that the server confirms is proof; one that failed is tried again, or left to the trainer."""
     repair = replace(
         repair,
         intent=None,
         changed=repair.changed or (event.ok and not event.needless),
         push_failed=not event.ok,
+        compared=repair.compared and not event.ok,
+        distrusted=repair.distrusted and not event.ok,
         again_at=None if event.ok else turn.now + turn.state.settings.interval_s,
     )
     server = replace(server, repair=repair)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..core.events import Proc
+from ..core.events import Proc, WeightsLook
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +17,7 @@ class Outcome:
     needless: bool = False
     kept_arguments: str | None = None
     """Why a server was started with its old arguments, though others were asked for."""
+    looks: tuple[WeightsLook, ...] = ()
 
 
 def failed(detail: str) -> Outcome:

@@ -79,6 +79,7 @@ ACTS: Final = {
     "StartServer": "start of",
     "RunCanary": "canary generations on",
     "PushWeights": "weights pushed to",
+    "CompareWeights": "look at the weights of",
     "PrepareRollback": "search for a checkpoint to go back to",
     "StopTrainer": "stop of the trainer",
     "StartTrainer": "start of the trainer",

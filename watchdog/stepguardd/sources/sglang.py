@@ -88,7 +88,13 @@ def client(url: str, timeout_s: float) -> httpx.AsyncClient:
 
 
 async def request(
-    http: httpx.AsyncClient, method: str, path: str, *, timeout_s: float, body: object | None = None
+    http: httpx.AsyncClient,
+    method: str,
+    path: str,
+    *,
+    timeout_s: float,
+    body: object | None = None,
+    body_bytes_max: int = BODY_BYTES_MAX,
 ) -> Reply:
     """
     One bounded request, every outcome a value.
@@ -99,12 +105,13 @@ async def request(
         path: the endpoint.
         timeout_s: for the whole of it, the reading included.
         body: sent as JSON.
+        body_bytes_max: a longer reply is a broken one.
 
     """
     try:
         async with asyncio.timeout(timeout_s):
             async with http.stream(method, path, json=body, timeout=timeout_s) as response:
-                return await _read(response)
+                return await _read(response, body_bytes_max)
     except (TimeoutError, httpx.TimeoutException):
         return Reply(answer=Answer.TIMEOUT)
     except httpx.ConnectError:
@@ -113,12 +120,12 @@ async def request(
         return Reply(answer=Answer.BROKEN)
 
 
-async def _read(response: httpx.Response) -> Reply:
+async def _read(response: httpx.Response, bytes_max: int) -> Reply:
     chunks: list[bytes] = []
     size = 0
     async for chunk in response.aiter_raw():
         size += len(chunk)
-        if size > BODY_BYTES_MAX:
+        if size > bytes_max:
             return Reply(answer=Answer.BROKEN)
         chunks.append(chunk)
     body = b"".join(chunks)

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from ..core.commands import (
     Command,
+    CompareWeights,
     ContinueServer,
     Effect,
     MarkPrompts,
@@ -34,6 +35,7 @@ from ..core.events import (
     EffectEnded,
     Event,
     GenerationAsked,
+    GreedyToken,
     OperatorAsked,
     OrderAcknowledged,
     Proc,
@@ -48,6 +50,7 @@ from ..core.events import (
     TrainerTree,
     TreeSampled,
     TreeSeen,
+    WeightsLook,
 )
 from ..core.state import Gate, GateOrder, Mode, Server, ServerState, Settings, State, initial
 from .promises import Promises
@@ -78,6 +81,9 @@ class FakeServer:
         can_start, can_stop, can_generate, can_load: whether each succeeds.
         paused: `/ready` says 503, and no token comes. `pause_mode` says what becomes of open requests.
         listens: whether its port answers.
+        weights: those that it has, where they are not what `version` says.
+        wrong_loads: how many of the next loads bring another model, under the right name.
+        sums: whether it offers checksums.
         frozen: its scheduler's loop stands: it has requests, and no token comes.
         busy: its processes use CPU.
         cont_helps: whether SIGCONT wakes it.
@@ -108,6 +114,9 @@ class FakeServer:
     can_load: bool = True
     paused: bool = False
     listens: bool = True
+    weights: str | None = None
+    wrong_loads: int = 0
+    sums: bool = True
     frozen: bool = False
     busy: bool = True
     cont_helps: bool = True
@@ -144,11 +153,25 @@ class FakeServer:
         self.version, self.stopped, self.frozen, self.paused = self.base_version, False, False, False
         self.mute = self.storm = self.refuses = self.unhealthy = False
         self.listens = True
+        self.weights = None
         self.tokens, self.running, self.serving_from = 0, 0, now + self.load_s
 
     def up(self, now: float) -> bool:
         """Whether its port answers."""
         return self.listens and bool(self.procs) and now >= self.serving_from
+
+    def look(self, now: float) -> WeightsLook:
+        """What its weights show of themselves."""
+        if not self.generates(now):
+            return WeightsLook(server=self.name)
+        true = self.weights or self.version or ""
+        return WeightsLook(
+            server=self.name,
+            version=self.version,
+            checksum=f"sum of {true}" if self.sums else None,
+            layout="one",
+            greedy=(GreedyToken(token=7, log_prob=_share(true)),),
+        )
 
     def generates(self, now: float) -> bool:
         """Whether a request gets tokens."""
@@ -233,6 +256,11 @@ class FakeServer:
 
     def _offered(self, endpoint: str, answer: Answer) -> Answer:
         return Answer.NOT_OFFERED if endpoint in self.lacks else answer
+
+
+def _share(weights: str) -> float:
+    """A log-probability that other weights hardly have."""
+    return -float(sum(index * ord(char) for index, char in enumerate(weights, 1)) % 97)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -530,6 +558,10 @@ class World:
             )
         )
 
+    def see_probe(self) -> None:
+        """One round of probes, now."""
+        self._probe()
+
     def restart_daemon(self, *, lost: State | None = None) -> None:
         """
         The daemon dies, and another takes up the page and the journal.
@@ -601,6 +633,8 @@ class World:
                 self._later(self.servers[effect.server].canary_s, lambda: self._canary(effect))
             case PushWeights():
                 self._later(self.servers[effect.server].push_s, lambda: self._push(effect))
+            case CompareWeights():
+                self._later(0.25, lambda: self._compare(effect))
             case PrepareRollback():
                 self._later(0.25, lambda: self._prepare(effect))
             case StopTrainer():
@@ -641,8 +675,14 @@ class World:
         fake = self.servers[effect.server]
         ok = fake.can_load and fake.up(self.now)
         if ok and fake.version is not None:
-            fake.version = effect.version
+            wrong, fake.wrong_loads = fake.wrong_loads > 0, max(0, fake.wrong_loads - 1)
+            fake.version, fake.weights = effect.version, "another model" if wrong else None
         self._end(effect.intent, ok, "" if ok else "it did not load")
+
+    def _compare(self, effect: CompareWeights) -> None:
+        names = [effect.server] if effect.other is None else [effect.server, effect.other]
+        looks = tuple(self.servers[name].look(self.now) for name in names)
+        self.feed(EffectEnded(intent=effect.intent, ok=True, looks=looks))
 
     def _prepare(self, effect: PrepareRollback) -> None:
         before = effect.before_step
@@ -748,7 +788,7 @@ class World:
                 ok = trainer.can_resync
                 for fake in self.servers.values():
                     if ok and fake.up(self.now) and fake.version is not None:
-                        fake.version = trainer.version
+                        fake.version, fake.weights = trainer.version, None
             case GateOrder.ROLLBACK:
                 trainer.attempt += 1
                 trainer.step = gate.target_step or 0
