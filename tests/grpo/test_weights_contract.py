@@ -102,14 +102,14 @@ def test_what_is_there_is_loaded_again_only_when_it_is_doubted(
     assert look(server_url) == right
 
 
-def test_requests_that_wait_in_a_paused_server_do_not_spoil_a_push(
+def test_a_load_into_a_paused_server_with_requests_is_believed_by_its_version_alone(
     server_url: str, http: httpx.Client, served: Path, tmp_path: Path
 ) -> None:
-    """Left alone they make SGLang 0.5.23 answer 400 and keep its old version, with the weights changed."""
+    """SGLang 0.5.23 answers 400 and keeps its old version, the weights changed; the next load is whole."""
     write_base_model(tmp_path / "24", seed=24)
     http.post("/slow_down", json={"forward_sleep_time": 0.1})
 
-    async def go() -> tuple[Outcome, httpx.Response]:
+    async def go() -> tuple[Outcome, str, Outcome, httpx.Response]:
         async with (
             sglang.client(server_url, 5.0) as ours,
             httpx.AsyncClient(base_url=server_url, timeout=60, trust_env=False) as theirs,
@@ -119,12 +119,15 @@ def test_requests_that_wait_in_a_paused_server_do_not_spoil_a_push(
             await asyncio.sleep(0.3)
             await theirs.post("/pause_generation", json={"mode": "in_place"})
             pattern = f"{tmp_path}/{{version}}"
-            outcome = await push(ours, pattern=pattern, version="24", timeout_s=30)
+            paused = await push(ours, pattern=pattern, version="24", timeout_s=30)
+            says = str((await theirs.get("/model_info")).json()["weight_version"])
             await theirs.post("/slow_down", json={"forward_sleep_time": None})
             await theirs.post("/continue_generation", json={})
-            return outcome, await rollout
+            return paused, says, await push(ours, pattern=pattern, version="24", timeout_s=30), await rollout
 
-    outcome, rollout = asyncio.run(go())
-    assert outcome.ok, outcome.detail
+    paused, says, later, rollout = asyncio.run(go())
+    assert paused.ok is (says == "24")
+    assert paused.ok or f"it serves version {says}, not 24" in paused.detail
+    assert later.ok, later.detail
     assert http.get("/model_info").json()["weight_version"] == "24"
     assert rollout.status_code == 200
