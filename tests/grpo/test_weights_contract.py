@@ -82,7 +82,8 @@ def test_weights_of_another_model_are_refused_before_anything_is_loaded(
     assert not outcome.ok
     assert 'architectures is ["Qwen2ForCausalLM"], and ["LlamaForCausalLM"] in the server' in outcome.detail
     assert "nothing was loaded" in outcome.detail
-    assert look(server_url) == before
+    after = look(server_url)
+    assert (after.version, after.checksum) == (before.version, before.checksum)
 
 
 def test_what_is_there_is_loaded_again_only_when_it_is_doubted(
@@ -99,7 +100,9 @@ def test_what_is_there_is_loaded_again_only_when_it_is_doubted(
     assert pushed(server_url, tmp_path, "23").needless
     assert disagree(look(server_url).greedy, right.greedy), "the version alone was believed"
     assert pushed(server_url, tmp_path, "23", anew=True).ok
-    assert look(server_url) == right
+    again = look(server_url)
+    assert again.checksum == right.checksum
+    assert not disagree(again.greedy, right.greedy)
 
 
 def test_a_load_into_a_paused_server_with_requests_is_believed_by_its_version_alone(
