@@ -75,6 +75,24 @@ def test_a_relaunched_trainer_counts_from_its_checkpoint() -> None:
     assert not any("went back" in text for text in world.told("call"))
 
 
+def test_what_a_dead_trainer_pushed_is_no_version_of_its_successor() -> None:
+    """The server serves it until the successor pushes for the first time, often while the run goes on."""
+    trainer = FakeTrainer(managed=True)
+    world = World(settings=Settings(push_weights=True, trainer_managed=True), trainer=trainer)
+    world.steps(3)
+    world.kill_trainer()
+    assert world.run(120, until=lambda: bool(trainer.starts))
+    world.run(30)
+    for world.trainer.version, world.fake.version in (("v0", "v0"), ("v1", "v3")):
+        world.run(5)
+    world.trainer.version = world.fake.version = "v2"
+    world.run(10)
+    newest = world.state.servers[0].newest
+    assert newest is not None
+    assert newest.version == "v2"
+    assert not any("went back" in text for text in world.told("call"))
+
+
 def test_an_unnamed_version_and_other_names_are_never_older() -> None:
     world = World(settings=Settings(push_weights=True, max_staleness=9))
     world.steps(3)

@@ -193,13 +193,16 @@ def version_seen(turn: Turn, server: Server, event: ServerProbed) -> tuple[Serve
     """
     A server's version may stay or rise within an attempt; two looks running at an older one are no accident.
 
-    Unknown without a trainer's page, which alone tells attempts apart. Nothing is said while a rollback, a
-    relaunch or the server's own repair puts weights where they belong.
+    Unknown without a trainer's page, which alone tells attempts apart: a version beyond the trainer's own was
+    pushed by the trainer that died before it, and its going is no way back. Nothing is said while a rollback,
+    a relaunch or the server's own repair puts weights where they belong.
     """
     trainer, version = turn.state.trainer, event.weight_version
     settled = turn.state.rollback is None and turn.state.relaunch is None and server.repair is None
     serving = server.state is ServerState.SERVING
     if version is None or trainer.pid is None or trainer.alive is False or not (settled and serving):
+        return server, None
+    if trainer.weight_version is None or proof.older(trainer.weight_version, version):
         return server, None
     newest = server.newest
     if newest is None or (newest.pid, newest.attempt) != (trainer.pid, trainer.attempt):
