@@ -24,6 +24,8 @@ from . import clock, status
 from .acting import Acting
 from .alerts.alerting import Alerting
 from .chronicle.chronicle import Chronicle
+from .cluster.head import NodeLinks
+from .cluster.wire import TokenError as ClusterTokenError
 from .config import Config
 from .control.contract import SOCKET_NAME, Verb
 from .control.requests import incident_number, refuse_nonsense
@@ -37,8 +39,8 @@ from .core.commands import (
     PublishGate,
 )
 from .core.decide import decide
-from .core.events import DaemonStarted, EffectEnded, Event, OperatorAsked, Tick
-from .core.state import GateOrder, Mode, Server, State, initial
+from .core.events import BatchReported, DaemonStarted, EffectEnded, Event, OperatorAsked, Tick
+from .core.state import GateOrder, Mode, Node, Server, State, initial
 from .effects import prompts
 from .effects import trainer as trainers
 from .effects.backends.process import ProcessBackend, program_missing
@@ -111,7 +113,8 @@ class Daemon:
         self._decided_at = self.started_at
         self._web: PageServer
         self._trainer: TrainerProcesses | None = None
-        self._surroundings = Surroundings(config, lambda: self.state, self.feed)
+        self._nodes = NodeLinks(config, lambda: self.state, self.feed)
+        self._surroundings = Surroundings(config, lambda: self._nodes.here(self.state), self.feed)
         self._acting = Acting(
             config,
             self._servers,
@@ -187,7 +190,8 @@ class Daemon:
             self._reports = ReportSocket(
                 run.run_dir / "reports.sock", self._reported, self._surroundings.guard_counts
             )
-        except (JournalError, GateError) as error:
+            self._nodes.open()
+        except (JournalError, GateError, ClusterTokenError) as error:
             raise DaemonError(str(error)) from error
         except OSError as error:
             raise DaemonError(
@@ -195,7 +199,7 @@ class Daemon:
             ) from error
         self.journal.start()
         self._web = PageServer(self.config.web, run.state_dir)
-        self._page = TrainerPage(self.gate.page, self.feed, self._reports.drain)
+        self._page = TrainerPage(self.gate.page, self._seen_here, self._reports.drain)
         self._stream = RewardStream.of(self.config, self.state.stream_position, self.feed)
         for index, settings in enumerate(self.config.servers):
             self._servers[settings.name] = WatchedServer(
@@ -223,6 +227,7 @@ class Daemon:
                 on_daemon_lost="continue",
             )
         (self.config.run.run_dir / GUARD_SETTINGS_FILE).write_text(settings.to_json())
+        self._nodes.guard_settings(settings.to_json())
 
     def _take_lock(self, path: Path) -> None:
         try:
@@ -256,11 +261,13 @@ class Daemon:
         settings, mode = core_settings(self.config), Mode(self.config.run.mode)
         now = clock.monotonic()
         fresh = tuple(core_server(self.config, one, now=now) for one in self.config.servers)
+        nodes = tuple(Node(name=name, since=now) for name in self.config.cluster.nodes)
         state = restored.state
         if state is None:
             told = max(restored.incidents, *folders.kept(self.config.run.state_dir), 0)
             unknown = replace(
                 initial(settings, mode, fresh),
+                nodes=nodes,
                 intents=restored.intents,
                 incidents=told,
                 checkpoints=restored.checkpoints,
@@ -277,7 +284,9 @@ class Daemon:
         kept = tuple(
             refitted(known[server.name], server) if server.name in known else server for server in fresh
         )
-        return replace(state, settings=settings, servers=kept)
+        met = {node.name: node for node in state.nodes}
+        nodes = tuple(met.get(node.name, node) for node in nodes)
+        return replace(state, settings=settings, servers=kept, nodes=nodes)
 
     def _taken_over(self, restored: Restored, text: str, unknown: State) -> State:
         """What another version of Stepguard left, as far as it can be read; said in one warning."""
@@ -309,7 +318,7 @@ class Daemon:
             DaemonStarted(
                 gate_order=GateOrder.GO.value if found is None else found.order.name,
                 gate_generation=0 if found is None else found.generation,
-                judged_batch=0 if found is None else found.judged_batch,
+                judged_batch=0 if found is None or not self._nodes.trainer_here else found.judged_batch,
                 target_step=None if found is None else found.target_step,
                 target_path=None if found is None else found.target_path,
             )
@@ -339,6 +348,7 @@ class Daemon:
         await self._acting.close()
         await self._alerting.close()
         await self._recorder.close()
+        self._nodes.close()
         stop_servers = self._taken_up and self.config.run.servers_on_stop == "stop"
         for server in self._servers.values():
             server.processes.close()
@@ -385,7 +395,8 @@ class Daemon:
         self.state, commands = decide(before, event, now)
         for command in commands:
             if isinstance(command, PublishGate):
-                self.gate.publish(command.gate)
+                self.gate.publish(self._nodes.shown_here(command.gate))
+                self._nodes.publish(command.gate)
                 failpoint(f"gate_{command.gate.order.value}")
             elif isinstance(command, MarkPrompts):
                 prompts.mark(self.config.run.run_dir, command)
@@ -404,7 +415,7 @@ class Daemon:
             self._carry_out(command, durable)
             if isinstance(command, Notify):
                 self._alerting.tell(command, at=now, wall=wall)
-        self._recorder.saw(before, self.state)
+        self._recorder.saw(self._nodes.here(before), self._nodes.here(self.state))
 
     def _carry_out(self, command: Command, durable: "asyncio.Future[None] | None") -> None:
         match command:
@@ -436,7 +447,9 @@ class Daemon:
             work.append(self._trainer.keep_looking())
         pause = PauseFile(self.config.run.run_dir, lambda: self.state, self.feed)
         work += [_every(PAUSE_FILE_S, pause.look), self._keeper.run(), self._control()]
-        work += [*self._alerting.work(), self._surroundings.watch()]
+        work += [*self._alerting.work(), self._surroundings.watch(), *self._nodes.work()]
+        if self.config.cluster.nodes:
+            work.append(_every(TICK_S, self._nodes.look))
         return work
 
     def _vouch(self) -> None:
@@ -448,7 +461,16 @@ class Daemon:
     def _reported(self, event: Event) -> None:
         """A report, with the page behind it: what the page says about the trainer must not be older."""
         self._page.look()
-        self.feed(event)
+        if self._nodes.trainer_here:
+            self.feed(event)
+        elif isinstance(event, BatchReported):
+            self._nodes.judge_here(event)
+            self.gate.publish(self._nodes.shown_here(self.state.gate))
+
+    def _seen_here(self, event: Event) -> None:
+        """What this machine's page says of a trainer, where the trainer is on this machine."""
+        if self._nodes.trainer_here:
+            self.feed(event)
 
     def _known(self, name: str) -> Server | None:
         return next((one for one in self.state.servers if one.name == name), None)
@@ -503,6 +525,7 @@ class Daemon:
             journal_failure=self.journal.failure,
         )
         unseen = {**status.unseen(self.state), **self._surroundings.unseen}
+        found = {**found, **self._nodes.status()}
         return {**found, **self._surroundings.status(), "unseen": unseen, "page": self._web.facts()}
 
     async def ask(self, verb: Verb, who: str, why: str, args: Mapping[str, object]) -> Mapping[str, object]:

@@ -23,6 +23,7 @@ COMMANDS = {
     "run": "Watch a training run, and protect it.",
     "exec": "Run a command with the daemon beside it.",
     "wait": "Block until servers and GPUs are ready.",
+    "agent": "Serve another machine of a run; its head decides.",
     "status": "How the run is, and what to do.",
     "pause": "Hold the run before its next optimizer step.",
     "resume": "Let a held run go on.",

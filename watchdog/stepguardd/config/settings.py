@@ -774,6 +774,62 @@ class WebSettings(Section):
         return self
 
 
+class ClusterSettings(Section):
+    """
+    Other machines of the run, each served by `stepguard agent`. See docs/cluster.md.
+
+    An order reaches all of them before any rank goes on, and a machine that is lost holds the others.
+    """
+
+    listen: str | None = Field(
+        default=None,
+        description="Address and port at which the agents call this daemon. Every one of them has to hold "
+        "the token; what is said can be read on the way.",
+        examples=["10.0.0.1:8723"],
+    )
+    nodes: tuple[Name, ...] = Field(
+        default=(),
+        description="The names of the other machines; the run waits for all of them.",
+        examples=[["node1", "node2"]],
+    )
+    trainer: Name | None = Field(
+        default=None,
+        description="The node on which the trainer's rank 0 runs. By default it runs on the daemon's own "
+        "machine.",
+        examples=["node1"],
+    )
+    token_file: LocalPath | None = Field(
+        default=None,
+        description="The token that agents have to hold. By default <state_dir>/cluster.token, made at the "
+        "first start. Only its owner may read it.",
+        examples=["/var/lib/stepguard/run/cluster.token"],
+    )
+    lost_after_s: Annotated[float, Field(ge=1, le=60)] = Field(
+        default=4.0, description="A machine that is silent for so long is lost, and the run is held."
+    )
+    join_timeout_s: Seconds = Field(
+        default=600.0,
+        description="A machine that has not come so long after the daemon is lost, and people are told.",
+    )
+
+    @field_validator("listen")
+    @classmethod
+    def _is_an_address(cls, listen: str | None) -> str | None:
+        if listen is not None:
+            split_listen(listen)
+        return listen
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if bool(self.nodes) != (self.listen is not None):
+            raise PydanticCustomError("value_error", "listen and nodes belong together: set both")
+        if len(set(self.nodes)) != len(self.nodes):
+            raise PydanticCustomError("value_error", "nodes has one name twice; give each machine its own")
+        if self.trainer is not None and self.trainer not in self.nodes:
+            raise PydanticCustomError("value_error", "trainer must be one of cluster.nodes")
+        return self
+
+
 def _named_secret(source: str, info: ValidationInfo) -> str:
     """A path or a credential's name; the secret itself, pasted here, is refused and not repeated."""
     if "://" in source or len(source) > 500 or any(not char.isprintable() for char in source):
@@ -999,6 +1055,7 @@ class Config(Section):
     reports: ReportSettings = Field(default_factory=ReportSettings)
     control: ControlSettings = Field(default_factory=ControlSettings)
     web: WebSettings = Field(default_factory=WebSettings)
+    cluster: ClusterSettings = Field(default_factory=ClusterSettings)
     trainer: LaunchSettings = Field(default_factory=LaunchSettings)
     alerts: AlertsSettings = Field(default_factory=AlertsSettings)
     slack: SlackSettings = Field(default_factory=SlackSettings)

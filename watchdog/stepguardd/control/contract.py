@@ -167,6 +167,17 @@ class PageDict(TypedDict, total=False):
     failure: str | None
 
 
+class NodeDict(TypedDict):
+    """Another machine of the run; `acked_generation` is the newest order that its gate page shows."""
+
+    name: str
+    state: str
+    since_s: float
+    acked_generation: int | None
+    trainer: bool
+    why: str
+
+
 class StatusDict(TypedDict, total=False):
     """The answer to GET /api/v1/status. A reader must do without any key: daemons have versions."""
 
@@ -177,6 +188,7 @@ class StatusDict(TypedDict, total=False):
     gate: GateDict
     trainer: TrainerDict
     servers: list[ServerDict]
+    nodes: list[NodeDict]
     gpus: list[GpuDict] | None
     host: HostDict | None
     unseen: dict[str, str]

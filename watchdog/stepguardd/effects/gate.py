@@ -35,14 +35,14 @@ class GateWriter:
         """What an earlier daemon left on the page."""
         return self.page.daemon()
 
-    def publish(self, gate: Gate) -> None:
-        """Put an order and a verdict on the page, in one write."""
+    def publish(self, gate: Gate, until_ns: int | None = None) -> None:
+        """Put an order and a verdict on the page, in one write; vouched for until then, or for a lease."""
         self.page.publish(
             DaemonHalf(
                 order=Order[gate.order.value],
                 generation=gate.generation,
                 reason=gate.reason,
-                lease_deadline_ns=_deadline_ns(),
+                lease_deadline_ns=_deadline_ns() if until_ns is None else until_ns,
                 target_step=gate.target_step,
                 target_path=gate.target_path,
                 judged_batch=gate.judged_batch,
@@ -51,9 +51,9 @@ class GateWriter:
             )
         )
 
-    def renew(self) -> None:
-        """Vouch for the page for another while."""
-        self.page.renew_lease(_deadline_ns())
+    def renew(self, until_ns: int | None = None) -> None:
+        """Vouch for the page until then, or for another lease."""
+        self.page.renew_lease(_deadline_ns() if until_ns is None else until_ns)
 
     def close(self, *, vouch: bool = False) -> None:
         """Let go of the page; the lease ends now, so that the trainer learns at once that nobody is there."""
