@@ -26,7 +26,7 @@ from stepguard.settings import FILE_NAME as GUARD_SETTINGS_FILE
 
 from .. import clock
 from ..config import Config
-from ..core.events import BatchReported, Event, GpuTroubled, OomSeen, TrainerExited, TrainerSeen
+from ..core.events import Event, TrainerExited, TrainerSeen
 from ..core.reasons import Reason
 from ..core.state import Gate, GateOrder, Mode, State, initial
 from ..effects.gate import LEASE_S, GateWriter
@@ -34,6 +34,7 @@ from ..settings import core_settings
 from ..sources.trainer import ReportSocket, TrainerPage
 from ..surroundings import Surroundings
 from .peers import PeerPage
+from .told import OF_THE_MACHINE, message_of
 from .wire import ALIVE_S, HANDSHAKE_S, LINE_BYTES_MAX, Wire, WireError, call
 
 log = logging.getLogger("stepguardd")
@@ -175,7 +176,7 @@ class Agent:
         self._tell(event)
 
     def _sensed(self, event: Event) -> None:
-        if isinstance(event, OomSeen | GpuTroubled):
+        if isinstance(event, OF_THE_MACHINE):
             self._tell(event)
 
     def _tell(self, event: Event) -> None:
@@ -185,11 +186,7 @@ class Agent:
         self._send_event(self._told, event)
 
     def _send_event(self, number: int, event: Event) -> None:
-        body = TypeAdapter(type(event)).dump_python(event, mode="json")
-        message = {"kind": "event", "seq": number, "name": type(event).__name__, "body": body}
-        if isinstance(event, BatchReported) and event.began is not None:
-            message["began_ago"] = max(0.0, clock.monotonic() - event.began)
-        self._send(message)
+        self._send({"kind": "event", "seq": number, **message_of(event, clock.monotonic())})
 
     def _send(self, message: Mapping[str, object]) -> None:
         if self._wire is None:

@@ -15,29 +15,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import TypeAdapter, ValidationError
-
 from .. import clock
 from ..config import Config
 from ..config.settings import split_listen
 from ..core import cluster
 from ..core.events import (
     BatchReported,
-    CheckpointSaved,
     Event,
     GpuTroubled,
     NodeAcknowledged,
     NodeJoined,
     NodeLost,
     OomSeen,
-    OrderAcknowledged,
-    StepCommitted,
-    TrainerExited,
-    TrainerLeft,
-    TrainerSeen,
 )
 from ..core.state import Gate, NodeState, State
 from .peers import PeerPage
+from .told import event_of
 from .wire import ALIVE_S, LINE_BYTES_MAX, Wire, WireError, answer, kept_token
 
 log = logging.getLogger("stepguardd")
@@ -47,20 +40,6 @@ READOPTION_S: Final = 10.0
 SLEPT_S: Final = 1.0
 """A daemon that did not look for so long was itself asleep, and judges nobody by it."""
 CONNECTIONS_MAX: Final = 1024
-
-_OF_THE_TRAINER: Final = (
-    BatchReported,
-    StepCommitted,
-    CheckpointSaved,
-    OrderAcknowledged,
-    TrainerSeen,
-    TrainerLeft,
-    TrainerExited,
-)
-_OF_THE_MACHINE: Final = (OomSeen, GpuTroubled)
-_KNOWN: Final[dict[str, TypeAdapter[Any]]] = {
-    kind.__name__: TypeAdapter(kind) for kind in (*_OF_THE_TRAINER, *_OF_THE_MACHINE)
-}
 
 
 class _Link:
@@ -312,7 +291,11 @@ class NodeLinks:
                 number = _whole(message, "seq")
                 if number > self._taken[name][1]:  # sent again after a break, and known already
                     self._taken[name] = (link.life, number)
-                    self._event(name, link, _event(message))
+                    event = event_of(message, clock.monotonic())
+                    if event is not None:
+                        self._event(name, link, event)
+                    else:
+                        self._say_refused(f"{name} tells of {message.get('name')!r:.60}, not known here")
             case "bye":
                 self._lose(name, "its agent was stopped")
             case _:
@@ -332,27 +315,6 @@ class NodeLinks:
     def judge_here(self, event: BatchReported) -> None:
         """The verdict on a batch of a guard on this machine, where the trainer is on another."""
         self._own.judge(event.batch, event.step, cluster.peer_refusal(self._state(), event))
-
-
-def _event(message: Mapping[str, Any]) -> Event:
-    """
-    The event in a message, its times in this machine's.
-
-    `began_ago` stands for `began`: the clocks of two machines have nothing in common but their pace. The way
-    here makes it later by as much as the message took.
-    """
-    adapter = _KNOWN.get(str(message.get("name")))
-    if adapter is None:
-        raise WireError("an event that no agent of this version tells")
-    try:
-        event: Event = adapter.validate_python(message.get("body"))
-    except ValidationError as wrong:
-        raise WireError(f"an event that is none: {wrong.error_count()} fields are wrong") from None
-    ago = message.get("began_ago")
-    if isinstance(event, BatchReported):
-        began = clock.monotonic() - ago if isinstance(ago, int | float) and ago >= 0 else None
-        return replace(event, began=began)
-    return event
 
 
 def _whole(message: Mapping[str, Any], key: str) -> int:

@@ -38,6 +38,17 @@ from .reward.aliases import canonical
 REPORTS_PER_WAKE_MAX: Final = 64
 
 Emit = Callable[[Event], None]
+Reported = (
+    BatchReported
+    | StepCommitted
+    | CheckpointSaved
+    | RequestsFailed
+    | CallsHung
+    | RolloutsLost
+    | OrderAcknowledged
+    | TrainerLeft
+)
+"""What a guard's reports become."""
 
 
 class ReportSocket:
@@ -100,7 +111,7 @@ class ReportSocket:
                 self._emit(event)
 
 
-def event_of(report: Report) -> Event | None:
+def event_of(report: Report) -> Reported | None:
     """The event that a report is; None for one that only informs people."""
     match report["kind"]:
         case "batch":
