@@ -18,6 +18,7 @@ from stepguardd.core.events import (
     GenerationAsked,
     GpuTrouble,
     GpuTroubled,
+    LogRead,
     LogSeen,
     MemoryPressed,
     NodeAcknowledged,
@@ -239,7 +240,14 @@ events: st.SearchStrategy[Event] = st.one_of(
         mode=st.sampled_from([None, "shadow", "hold", "act", "?"]),
         for_s=st.sampled_from([None, 0.0, -1.0, 60.0, math.nan, math.inf]),
     ),
-    st.builds(LogSeen, sign=st.sampled_from(Sign), server=st.one_of(st.none(), names), count=counts),
+    st.builds(
+        LogSeen,
+        sign=st.sampled_from(Sign),
+        server=st.one_of(st.none(), names),
+        count=counts,
+        position=st.sampled_from([None, "{}", "here"]),
+    ),
+    st.builds(LogRead, server=st.one_of(st.none(), names), position=st.sampled_from(["", "there"])),
     st.builds(
         OomSeen,
         kind=st.sampled_from(OomKind),

@@ -5,6 +5,7 @@ import pytest
 from stepguardd.core.events import (
     GpuTrouble,
     GpuTroubled,
+    LogRead,
     LogSeen,
     MemoryPressed,
     OomKind,
@@ -12,7 +13,7 @@ from stepguardd.core.events import (
     Role,
 )
 from stepguardd.core.signs import Sign
-from stepguardd.core.state import SEEN_KEPT, ServerState
+from stepguardd.core.state import SEEN_KEPT, LogPosition, ServerState
 from stepguardd.core.surroundings import newest_oom
 from stepguardd.testing.world import World
 
@@ -94,6 +95,24 @@ def test_a_flood_of_harmless_lines_is_told() -> None:
     world = World()
     world.feed(LogSeen(sign=Sign.CANCELLED, line="CancelledError", count=500))
     assert world.told("warning") == ["the log of the trainer: CancelledError"]
+
+
+def test_where_each_log_stands_is_kept_and_no_line_carries_it_along() -> None:
+    """The newest position of each log; one of a server that is not there any more is forgotten."""
+    world = World("a", "b")
+    world.feed(LogRead(server="a", position="1"))
+    world.feed(LogRead(server=None, position="2"))
+    world.feed(LogSeen(sign=Sign.XID, server="a", position="3"))
+    world.feed(LogSeen(sign=Sign.XID, server="a"))
+    world.feed(LogRead(server="gone", position="4"))
+    world.feed(LogRead(server="b", position="5"))
+    around = world.state.surroundings
+    assert set(around.log_positions) == {
+        LogPosition(server="a", position="3"),
+        LogPosition(server=None, position="2"),
+        LogPosition(server="b", position="5"),
+    }
+    assert [(line.position, line.count) for _, line in around.logs] == [(None, 2)]
 
 
 def test_gpu_trouble_is_told_once_a_kind_and_gpu() -> None:

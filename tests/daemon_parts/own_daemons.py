@@ -46,14 +46,22 @@ class OwnDaemons:
         """Whether the newest daemon has the run in hand."""
         return self.status()
 
+    def command(self) -> list[str]:
+        """What starts a daemon of this run."""
+        return [sys.executable, "-m", "stepguardd", "run", "--config", str(self.config)]
+
+    def environment(self) -> dict[str, str]:
+        """What a daemon of this run finds in its environment."""
+        return {key: value for key, value in os.environ.items() if key != "STEPGUARD_CRASH_AT"}
+
     def daemon(self, crash_at: str | None = None) -> subprocess.Popen[bytes]:
         """Start a daemon; with a point at which it kills itself."""
-        environment = {key: value for key, value in os.environ.items() if key != "STEPGUARD_CRASH_AT"}
+        environment = self.environment()
         if crash_at is not None:
             environment["STEPGUARD_CRASH_AT"] = crash_at
         with self.log.open("ab") as log:
             child = subprocess.Popen(
-                [sys.executable, "-m", "stepguardd", "run", "--config", str(self.config)],
+                self.command(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -25,6 +25,7 @@ from stepguardd.core.events import (
     Event,
     GpuTrouble,
     GpuTroubled,
+    LogRead,
     LogSeen,
     OomKind,
     OomSeen,
@@ -102,6 +103,11 @@ class Run:
         self.driver = Driver(GpuError("GPUs are not watched: no driver"))
         self.state: State = initial(Settings(), Mode.HOLD, (Server(name="left", managed=False, since=0.0),))
 
+    def tell(self, event: Event) -> None:
+        """Keep it; where a log stands is nothing that was seen."""
+        if not isinstance(event, LogRead):
+            self.told.append(event)
+
     def own(self, *pids: int) -> None:
         found = [one for pid in pids if (one := proc.stat(pid)) is not None]
         procs = tuple(Proc(pid=one.pid, start_ticks=one.start_ticks, role="server") for one in found)
@@ -119,7 +125,7 @@ class Run:
             seen = Surroundings(
                 self.config,
                 lambda: self.state,
-                self.told.append,
+                self.tell,
                 gpus=GpuSense(self.driver),
                 kernel_log=kernel_log or (lambda: self.kernel),
             )
@@ -167,7 +173,7 @@ def test_a_dead_servers_last_words_are_known_when_a_look_is_over(tmp_path: Path)
         seen = Surroundings(
             run.config,
             lambda: run.state,
-            run.told.append,
+            run.tell,
             gpus=GpuSense(run.driver),
             kernel_log=lambda: run.kernel,
         )
@@ -227,7 +233,7 @@ def test_a_source_that_fails_is_unknown_and_the_others_go_on(tmp_path: Path) -> 
     assert seen.unseen["GPUs"] == "GPUs are not watched: no driver"
     assert all("\n" not in cause for cause in seen.unseen.values())
     assert seen.status()["gpus"] is None
-    assert [type(event) for event in run.told] == [LogSeen, OomSeen]
+    assert [type(event) for event in run.told] == [OomSeen, LogSeen]
 
 
 def test_a_kernel_log_that_may_not_be_read_is_no_count_of_zero(tmp_path: Path) -> None:

@@ -116,6 +116,17 @@ def test_a_line_is_matched_once_it_is_whole(tmp_path):
     assert [match.sign for match in follower.poll()] == [Sign.DISK_FULL]
 
 
+def test_the_end_of_a_line_whose_beginning_was_never_read_is_no_line_after_a_restart_either(tmp_path):
+    log = tmp_path / "server.log"
+    log.write_text("half of a line: ")
+    follower = LogFollower(log, from_end=True)
+    again = LogFollower(log, position=json.loads(json.dumps(follower.position)))
+    with log.open("a") as file:
+        file.write("OSError: [Errno 28] No space left on device\nasyncio.exceptions.CancelledError\n")
+    assert [match.sign for match in follower.poll()] == [Sign.CANCELLED]
+    assert [match.sign for match in again.poll()] == [Sign.CANCELLED]
+
+
 def test_a_burst_is_dropped_with_a_counter_and_its_newest_lines_are_seen(tmp_path):
     log = tmp_path / "server.log"
     log.write_text("")

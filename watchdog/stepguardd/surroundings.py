@@ -6,8 +6,9 @@ line when that begins, and asked again. Files are read in a thread of their own,
 """
 
 import asyncio
+import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -22,6 +23,7 @@ from .core.events import (
     Event,
     GpuTrouble,
     GpuTroubled,
+    LogRead,
     LogSeen,
     MemoryPressed,
     OomKind,
@@ -47,6 +49,8 @@ DEAD_KNOWN_FOR_S: Final = 60.0
 """So long after it was last in a tree a pid still tells whose it was; later it may be another process."""
 ORPHAN_AFTER_S: Final = 15.0
 FILLING_AGAIN_S: Final = 1800.0
+POSITION_KEPT_EACH_BYTES: Final = 4 * 1024 * 1024
+"""So far into a log that says nothing its position is kept anew: a restart reads no more than that again."""
 
 _MEMINFO: Final = Path("/proc/meminfo")
 
@@ -87,7 +91,7 @@ class Surroundings:
         self._gpus: tuple[Gpu, ...] | None = None
         self._short = False
         self._looking = asyncio.Lock()
-        self._reading: asyncio.Future[list[tuple[_Log, tuple[LogMatch, ...]]]] | None = None
+        self._reading: asyncio.Future[list[tuple[_Log, _Piece]]] | None = None
 
     async def watch(self) -> None:
         """Look at an interval. Ends by cancellation, and leaves nothing open."""
@@ -120,11 +124,12 @@ class Surroundings:
         """Read the logs and count the kernel's kills now; one look at a time."""
         async with self._looking:
             if self._reading is None:  # else somebody gave up on it: what it read is still to be told
-                self._reading = asyncio.ensure_future(asyncio.to_thread(self._read_logs))
+                stood = {known.server: known.position for known in self._state().surroundings.log_positions}
+                self._reading = asyncio.ensure_future(asyncio.to_thread(self._read_logs, stood))
             read = await asyncio.shield(self._reading)
             self._reading = None
-            for followed, matches in read:
-                self._tell_lines(followed, matches)
+            for followed, piece in read:
+                self._tell_lines(followed, piece)
             now = clock.monotonic()
             self._owners.look(self._state(), now)
             for kill in self._kills.poll(now):
@@ -135,17 +140,29 @@ class Surroundings:
         gpus = None if self._gpus is None else [_gpu_dict(gpu) for gpu in self._gpus]
         return {"gpus": gpus, "host": _host(self._kills.seen), "unseen": dict(self.unseen)}
 
-    def _read_logs(self) -> "list[tuple[_Log, tuple[LogMatch, ...]]]":
-        return [(followed, followed.poll()) for followed in self._logs]
+    def _read_logs(self, stood: "Mapping[str | None, str]") -> "list[tuple[_Log, _Piece]]":
+        return [(followed, followed.poll(stood.get(followed.server))) for followed in self._logs]
 
-    def _tell_lines(self, followed: "_Log", matches: tuple[LogMatch, ...]) -> None:
+    def _tell_lines(self, followed: "_Log", piece: "_Piece") -> None:
+        """The position goes with the last line of the piece: a crash in between reads the piece again."""
         self._known(f"log of {followed.server or 'the trainer'}", followed.cause)
         role = Role.TRAINER if followed.server is None else Role.SERVER
-        for match in matches:
-            self._emit(LogSeen(sign=match.sign, server=followed.server, line=match.line, count=match.count))
+        for left, match in enumerate(piece.matches, 1 - len(piece.matches)):
             oom = oom_in_log(match, role)
             if oom is not None:
                 self._emit(replace(oom, server=followed.server if oom.role is Role.SERVER else None))
+            position = piece.position if left == 0 else None
+            self._emit(
+                LogSeen(
+                    sign=match.sign,
+                    server=followed.server,
+                    line=match.line,
+                    count=match.count,
+                    position=position,
+                )
+            )
+        if not piece.matches and piece.position is not None:
+            self._emit(LogRead(server=followed.server, position=piece.position))
 
     def _look_at_gpus(self, now: float) -> None:
         reading = self._gpu.poll(now)
@@ -176,31 +193,75 @@ class Surroundings:
             self.unseen[what] = cause
 
 
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """What was read of a log at one look; the position is None where it need not be kept."""
+
+    matches: tuple[LogMatch, ...] = ()
+    position: str | None = None
+
+
 class _Log:
-    """One log that is followed, from where it stood when the daemon came; None is the trainer's."""
+    """
+    One log that is followed; None is the trainer's.
+
+    From where an earlier daemon stood, else from its end: what it said before anybody watched is history.
+    """
 
     def __init__(self, server: str | None, path: Path) -> None:
         self.server = server
         self.cause: str | None = None
         self._path = path
         self._follower: LogFollower | None = None
+        self._kept: tuple[object, int] | None = None
 
-    def poll(self) -> tuple[LogMatch, ...]:
-        """What it says that means something; nothing while it cannot be read."""
+    def poll(self, stood: str | None) -> _Piece:
+        """
+        What it says that means something; nothing while it cannot be read.
+
+        Args:
+            stood: the position that is kept, of this daemon or an earlier one.
+
+        """
         try:
             if self._follower is None:
-                self._follower = LogFollower(self._path, from_end=True)
+                self._open(stood)
+            assert self._follower is not None
             matches = self._follower.poll()
         except LogError as unreadable:
             self.cause = str(unreadable)
-            return ()
+            return _Piece()
         self.cause = None
-        return matches
+        return _Piece(matches, self._to_keep(self._follower.position, matches))
 
     def close(self) -> None:
         """Give the file back."""
         if self._follower is not None:
             self._follower.close()
+
+    def _open(self, stood: str | None) -> None:
+        known = None if stood is None else _position(stood, self._path)
+        self._follower = LogFollower(self._path, position=known, from_end=True)
+
+    def _to_keep(self, position: Mapping[str, object], matches: tuple[LogMatch, ...]) -> str | None:
+        """The position, where something was said, the file is another one, or much was read."""
+        inode, offset = position["inode"], position["offset"]
+        assert isinstance(offset, int)
+        far = self._kept is None or self._kept[0] != inode or offset < self._kept[1]
+        far = far or (self._kept is not None and offset - self._kept[1] >= POSITION_KEPT_EACH_BYTES)
+        if not matches and not far:
+            return None
+        self._kept = (inode, offset)
+        return json.dumps({"path": str(self._path), **position})
+
+
+def _position(stood: str, path: Path) -> Mapping[str, object] | None:
+    """The kept position; None for one of another file, or in words that are not understood."""
+    try:
+        known = json.loads(stood)
+    except ValueError:
+        return None
+    return known if isinstance(known, dict) and known.get("path") == str(path) else None
 
 
 @dataclass(slots=True)

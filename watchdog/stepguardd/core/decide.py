@@ -46,6 +46,7 @@ from .events import (
     Event,
     GenerationAsked,
     GpuTroubled,
+    LogRead,
     LogSeen,
     MemoryPressed,
     NodeAcknowledged,
@@ -143,7 +144,7 @@ def _take_in(turn: Turn, event: Event) -> None:
             _on_checkpoint(turn, event)
         case OomSeen():
             _on_oom(turn, event)
-        case GpuTroubled() | LogSeen() | MemoryPressed():
+        case GpuTroubled() | LogSeen() | LogRead() | MemoryPressed():
             surroundings.seen(turn, event)
         case TrainerExited():
             relaunch.exited(turn, event)

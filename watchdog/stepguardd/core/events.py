@@ -347,12 +347,25 @@ class OperatorAsked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogSeen:
-    """Lines of one meaning in one log: how many, and the first of them. A hint, never a proof."""
+    """
+    Lines of one meaning in one log: how many, and the first of them. A hint, never a proof.
+
+    `position` is where the reader stands once this is taken in; None while what it read holds more.
+    """
 
     sign: Sign
     server: str | None = None  # None: the trainer's log
     line: str = ""
     count: int = 1
+    position: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogRead:
+    """A log was read up to `position`, and nothing in it meant anything; None is the trainer's."""
+
+    server: str | None
+    position: str
 
 
 class OomKind(Enum):
@@ -495,6 +508,7 @@ Event = (
     | EffectEnded
     | OperatorAsked
     | LogSeen
+    | LogRead
     | OomSeen
     | GpuTroubled
     | MemoryPressed

@@ -514,6 +514,14 @@ class Incident:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LogPosition:
+    """Where a log was read up to, in its reader's words; None is the trainer's."""
+
+    server: str | None
+    position: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Surroundings:
     """
     What was lately seen of memory, GPUs and logs, the newest last, each with when it was last seen.
@@ -524,6 +532,7 @@ class Surroundings:
     ooms: tuple[tuple[float, OomSeen], ...] = ()
     gpus: tuple[tuple[float, GpuTroubled], ...] = ()
     logs: tuple[tuple[float, LogSeen], ...] = ()
+    log_positions: tuple[LogPosition, ...] = ()
     memory_short_since: float | None = None
 
 

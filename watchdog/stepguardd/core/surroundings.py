@@ -11,11 +11,11 @@ from dataclasses import replace
 from typing import TypeVar
 
 from . import recovery
-from .events import GpuTrouble, GpuTroubled, LogSeen, MemoryPressed, OomKind, OomSeen, Role
+from .events import GpuTrouble, GpuTroubled, LogRead, LogSeen, MemoryPressed, OomKind, OomSeen, Role
 from .fleet import Remedy, Suspicion
 from .reasons import Reason
 from .signs import Sign
-from .state import SEEN_KEPT, Server, ServerState, State
+from .state import SEEN_KEPT, LogPosition, Server, ServerState, State
 from .turn import Turn
 
 SAME_FOR_S = 60.0
@@ -85,7 +85,7 @@ LINE_CHARS_TOLD = 200
 S = TypeVar("S")
 
 
-def seen(turn: Turn, event: OomSeen | GpuTroubled | LogSeen | MemoryPressed) -> None:
+def seen(turn: Turn, event: OomSeen | GpuTroubled | LogSeen | LogRead | MemoryPressed) -> None:
     """Take in one thing that was seen."""
     match event:
         case OomSeen():
@@ -94,6 +94,8 @@ def seen(turn: Turn, event: OomSeen | GpuTroubled | LogSeen | MemoryPressed) -> 
             _gpu(turn, event)
         case LogSeen():
             _line(turn, event)
+        case LogRead():
+            _stands(turn, event.server, event.position)
         case MemoryPressed():
             _pressure(turn, event)
 
@@ -175,8 +177,10 @@ def _join_gpus(known: GpuTroubled, event: GpuTroubled) -> GpuTroubled | None:
 
 def _line(turn: Turn, event: LogSeen) -> None:
     """A line of a log; what it says of a crash makes a living server suspect, and nothing more."""
+    if event.position is not None:
+        _stands(turn, event.server, event.position)
     around = turn.state.surroundings
-    logs, news = _kept(around.logs, event, turn.now, _join_lines)
+    logs, news = _kept(around.logs, replace(event, position=None), turn.now, _join_lines)
     turn.state = replace(turn.state, surroundings=replace(around, logs=logs))
     server = None if event.server is None else turn.server(event.server)
     if server is not None and event.sign in CRASH_SIGNS and _unaware(server):
@@ -186,6 +190,19 @@ def _line(turn: Turn, event: LogSeen) -> None:
     if news and trouble:
         whose = "the trainer" if event.server is None else event.server
         turn.note("warning", Reason.LOG_TROUBLE, f"the log of {whose}: {event.line[:LINE_CHARS_TOLD]}")
+
+
+def _stands(turn: Turn, server: str | None, position: str) -> None:
+    """Where the log is read on after a restart; a log of a server that is no longer there is forgotten."""
+    around = turn.state.surroundings
+    others = [
+        one
+        for one in around.log_positions
+        if one.server != server and (one.server is None or turn.server(one.server) is not None)
+    ]
+    log_positions = (*others, LogPosition(server=server, position=position))
+    if log_positions != around.log_positions:
+        turn.state = replace(turn.state, surroundings=replace(around, log_positions=log_positions))
 
 
 def _join_lines(known: LogSeen, event: LogSeen) -> LogSeen | None:

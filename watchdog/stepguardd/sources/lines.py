@@ -130,6 +130,7 @@ class Lines:
         if offset < len(self._mark):
             self._mark = b""
         self._inode, self._offset = inode, offset
+        self._overlong = self._mark != b"" and not self._mark.endswith(b"\n")
         try:
             siblings = [entry.path for entry in os.scandir(self.path.parent) if entry.inode() == inode]
             if siblings:
