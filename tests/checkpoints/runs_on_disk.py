@@ -76,7 +76,8 @@ def slime(root: Path, step: int) -> None:
     dcp_folder(home, step)
     torch_file(home / "common.pt", step)
     json_file(home / "metadata.json", {"sharded_backend": "torch_dist"})
-    torch_file(root / f"rollout/global_dataset_state_dict_{step}.pt", step)
+    (root / "rollout").mkdir(exist_ok=True)
+    torch.save({"sample_offset": step}, root / f"rollout/global_dataset_state_dict_{step}.pt")
     (root / "latest_checkpointed_iteration.txt").write_text(str(step))
 
 
@@ -86,8 +87,12 @@ def areal(root: Path, step: int) -> None:
         folder = open_folder(root, Framework.AREAL)
         pin(folder, next(c for c in find_checkpoints(folder) if not c.pinned))
     dcp_folder(root / "default/recover_checkpoint", step)
-    for name in ("step", "saver", "evaluator", "stats_logger", "checkpoint"):
-        json_file(root / f"recover_info/{name}_info.json", {"global_step": step, "epoch": 0})
+    json_file(
+        root / "recover_info/step_info.json",
+        {"epoch": 0, "epoch_step": step, "global_step": step, "steps_per_epoch": 100},
+    )
+    for name in ("saver", "evaluator", "stats_logger", "checkpoint"):
+        json_file(root / f"recover_info/{name}_info.json", {"last_step": step})
     (root / "recover_info/dataloader_info.pkl").write_bytes(b"\x80\x04K" + bytes([step]) + b".")
 
 

@@ -4,7 +4,7 @@
 #                                      classes import (needs.txt): nothing is installed into .venv
 #   tools/frameworks/get.sh newest     today's newest releases of the same: then run tests/frameworks, and when they
 #                                      are green write what it printed into versions.txt
-#   tools/frameworks/get.sh checkouts  also slime, miles and prime-rl, which have no release: from GitHub, or from
+#   tools/frameworks/get.sh checkouts  also slime and prime-rl, which have no release: from GitHub, or from
 #                                      $FRAMEWORK_SOURCES/<name>, a git repository, where that is set
 # CI takes the releases that are written down, so that it is not another project's release that turns it red.
 set -euo pipefail
@@ -14,21 +14,23 @@ case $which in "" | newest | checkouts) ;; *) echo "get.sh: $which: nothing, new
 python=.venv/bin/python
 tools=tools/frameworks
 mkdir -p .frameworks
-while read -r release; do
-  name=${release%%==*}
-  [ "$which" != newest ] || release=$name
+while read -r name release; do
+  [ "$which" != newest ] || release=${release%%==*}
   rm -rf ".frameworks/$name" .frameworks/wheel
-  "$python" -m pip download --quiet --no-deps --only-binary :all: --dest .frameworks/wheel "$release"
-  wheel=$(echo .frameworks/wheel/*.whl)
-  "$python" -m zipfile -e "$wheel" ".frameworks/$name"
-  basename "$wheel" | cut -d- -f2 >".frameworks/$name/VERSION"
+  "$python" -m pip download --quiet --no-deps --prefer-binary --dest .frameworks/wheel "$release"
+  packed=$(echo .frameworks/wheel/*)
+  case $packed in
+    *.whl) "$python" -m zipfile -e "$packed" ".frameworks/$name" ;;
+    *) mkdir -p ".frameworks/$name" && tar xzf "$packed" --strip-components=1 -C ".frameworks/$name" ;; # no wheel
+  esac
+  basename "${packed%.tar.gz}" | cut -d- -f2 >".frameworks/$name/VERSION"
   echo "$name $(cat ".frameworks/$name/VERSION")"
 done < <(grep -v '^#' "$tools/versions.txt")
 rm -rf .frameworks/wheel .frameworks/needs
 # What has to be there to import their base classes without a GPU; torch and ray are in .venv.
 "$python" -m pip install --quiet --no-deps --target .frameworks/needs -r "$tools/needs.txt"
 [ "$which" = checkouts ] || exit 0
-for repository in THUDM/slime radixark/miles PrimeIntellect-ai/prime-rl; do
+for repository in THUDM/slime PrimeIntellect-ai/prime-rl; do
   name=${repository#*/}
   rm -rf ".frameworks/$name" .frameworks/clone
   from=https://github.com/$repository
