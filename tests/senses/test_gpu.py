@@ -3,7 +3,6 @@
 import ctypes
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from requirements import require
+from senses.nvml_library import compiled_library, write_script
 from stepguardd.sources.gpu import GpuSense, Headroom, forecast, strangers, used_by
 from stepguardd.sources.nvml import Gpu, GpuError, GpuLook, GpuProcess
 
@@ -33,10 +33,7 @@ class Looks:
 
     def says(self, **lines: int) -> None:
         """Let the driver say this from now on: `gpu0_used` is `0.used` there, and `_` is written twice."""
-        text = "".join(f"{_key(name)} {value}\n" for name, value in lines.items())
-        beside = self._script.with_suffix(".new")
-        beside.write_text(text)
-        beside.replace(self._script)
+        write_script(self._script, **lines)
 
     def ask(self, word: str, now: float) -> dict[str, object]:
         assert self._program.stdin is not None
@@ -46,10 +43,6 @@ class Looks:
         reading = json.loads(self._program.stdout.readline())
         assert isinstance(reading, dict)
         return reading
-
-
-def _key(name: str) -> str:
-    return name.removeprefix("gpu").replace("__", "-").replace("_", ".").replace("-", "_")
 
 
 @contextmanager
@@ -71,16 +64,7 @@ def looking(script: Path, **environment: str) -> Iterator[Looks]:
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the fake driver library, compiled here and now."""
-    pytest.importorskip("pynvml", reason="nvidia-ml-py is not installed")
-    compiler = shutil.which("cc")
-    if compiler is None:
-        require("cc", "no C compiler to make the fake driver library with")
-    folder = tmp_path_factory.mktemp("nvml")
-    target = folder / "libnvidia-ml.so.1"
-    command = [compiler, "-shared", "-fPIC", "-Wall", "-Werror", "-o", str(target), str(HERE / "fake_nvml.c")]
-    built = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert built.returncode == 0, built.stderr
-    return folder
+    return compiled_library(tmp_path_factory.mktemp("nvml"))
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ from .sources.pausefile import PauseFile
 from .sources.stream import RewardStream
 from .sources.trainer import ReportSocket, TrainerPage
 from .sources.trainer_tree import TrainerProcesses
-from .surroundings import Surroundings
+from .surroundings import THIS_HOST, HostFiles, Surroundings
 from .watching import WatchedServer, identity
 from .web.reading import CheckpointDict
 from .web.server import PageServer
@@ -82,13 +82,14 @@ class Daemon:
 
     Args:
         config: the whole configuration.
+        files: where this machine keeps what is read of it.
 
     Raises:
         DaemonError: on `start`, before anything of the run was touched.
 
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, files: HostFiles = THIS_HOST) -> None:
         self.config = config
         self.started_at = clock.monotonic()
         self._locks: list[IO[str]] = []
@@ -114,7 +115,9 @@ class Daemon:
         self._web: PageServer
         self._trainer: TrainerProcesses | None = None
         self._nodes = NodeLinks(config, lambda: self.state, self.feed)
-        self._surroundings = Surroundings(config, lambda: self._nodes.here(self.state), self.feed)
+        self._surroundings = Surroundings(
+            config, lambda: self._nodes.here(self.state), self.feed, files=files
+        )
         self._acting = Acting(
             config,
             self._servers,

@@ -35,7 +35,7 @@ from .core.state import State
 from .oneline import utf8
 from .sources.cgroups import KillCounter, memory_pressure, pressure_warning
 from .sources.gpu import GpuSense, Headroom, strangers
-from .sources.kmsg import KernelLog, KernelLogError, open_kernel_log
+from .sources.kmsg import JOURNALD, KMSG, KernelLog, KernelLogError, open_kernel_log
 from .sources.logs import LogError, LogFollower, LogMatch
 from .sources.nvml import Gpu, Xid
 from .sources.oom import OomSense, oom_in_log
@@ -52,7 +52,25 @@ FILLING_AGAIN_S: Final = 1800.0
 POSITION_KEPT_EACH_BYTES: Final = 4 * 1024 * 1024
 """So far into a log that says nothing its position is kept anew: a restart reads no more than that again."""
 
-_MEMINFO: Final = Path("/proc/meminfo")
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostFiles:
+    """
+    Where this machine keeps what is read of it; a test has folders of its own.
+
+    `proc` is where pressure, memory and the cgroups of processes are looked up.
+    """
+
+    proc: Path = Path("/proc")
+    kmsg: Path = KMSG
+    journald: Path = JOURNALD
+
+    def kernel_log(self) -> KernelLog:
+        """Open the kernel's log; raises KernelLogError."""
+        return open_kernel_log(self.kmsg, journald=self.journald)
+
+
+THIS_HOST: Final = HostFiles()
 
 
 class Surroundings:
@@ -64,7 +82,8 @@ class Surroundings:
         state: what the core knows now: whose processes are whose.
         emit: where the events go.
         gpus: who asks the GPUs.
-        kernel_log: opens the kernel's log; raises KernelLogError.
+        files: where the machine keeps what is read of it.
+        kernel_log: opens the kernel's log; raises KernelLogError. By default that of `files`.
 
     """
 
@@ -75,7 +94,8 @@ class Surroundings:
         emit: Callable[[Event], None],
         *,
         gpus: GpuSense | None = None,
-        kernel_log: Callable[[], KernelLog] = open_kernel_log,
+        files: HostFiles = THIS_HOST,
+        kernel_log: Callable[[], KernelLog] | None = None,
     ) -> None:
         self._state = state
         self._emit = emit
@@ -85,7 +105,8 @@ class Surroundings:
         if config.trainer.log is not None or config.trainer.backend == "process":
             self._logs.append(_Log(None, config.trainer_log()))
         self._owners = Owners()
-        self._kills = _Kills(self._owners, kernel_log, self._known)
+        self._files = files
+        self._kills = _Kills(self._owners, kernel_log or files.kernel_log, self._known, files.proc)
         self._gpu = gpus or GpuSense()
         self._gpu_troubles = GpuTroubles(self._owners)
         self._gpus: tuple[Gpu, ...] | None = None
@@ -138,7 +159,7 @@ class Surroundings:
     def status(self) -> dict[str, object]:
         """The keys of `status` that are this module's: `gpus`, `host` and `unseen`."""
         gpus = None if self._gpus is None else [_gpu_dict(gpu) for gpu in self._gpus]
-        return {"gpus": gpus, "host": _host(self._kills.seen), "unseen": dict(self.unseen)}
+        return {"gpus": gpus, "host": _host(self._kills.seen, self._files.proc), "unseen": dict(self.unseen)}
 
     def _read_logs(self, stood: "Mapping[str | None, str]") -> "list[tuple[_Log, _Piece]]":
         return [(followed, followed.poll(stood.get(followed.server))) for followed in self._logs]
@@ -172,7 +193,7 @@ class Surroundings:
             self._emit(trouble)
 
     def _look_at_pressure(self) -> None:
-        pressure = memory_pressure()
+        pressure = memory_pressure(proc=self._files.proc)
         if pressure is None:
             self._known("memory pressure", "this kernel keeps no /proc/pressure/memory")
             return
@@ -350,8 +371,10 @@ class _Kills:
         owners: Owners,
         kernel_log: Callable[[], KernelLog],
         known: Callable[[str, str | None], None],
+        proc_dir: Path,
     ) -> None:
         self.seen: int | None = None
+        self._proc = proc_dir
         self._owners = owners
         self._open = kernel_log
         self._known = known
@@ -425,7 +448,7 @@ class _Kills:
         """New kills in the cgroups of the trees' roots; a cgroup that several share names nobody."""
         roots = self._owners.roots
         self._cgroups = {
-            root: self._cgroups[root] if root in self._cgroups else memory_cgroup(root.pid)
+            root: self._cgroups[root] if root in self._cgroups else memory_cgroup(root.pid, self._proc)
             for root, _, _ in roots
         }
         inside: dict[MemoryCgroup, set[tuple[Role, str | None]]] = {}
@@ -465,6 +488,7 @@ class GpuTroubles:
     def __init__(self, owners: Owners) -> None:
         self._owners = owners
         self._lost: frozenset[int] = frozenset()
+        self._indices: dict[str, int] = {}
         self._ecc: dict[int, int] = {}
         self._headroom: dict[int, Headroom] = {}
         self._filling_told: dict[int, float] = {}
@@ -473,7 +497,9 @@ class GpuTroubles:
 
     def look(self, now: float, gpus: tuple[Gpu, ...] | None, xids: Iterable[Xid]) -> list[GpuTroubled]:
         """Take in one reading; one that was handed out before tells nothing new."""
-        found = [self._xid(xid, gpus) for xid in xids]
+        # A GPU that has just fallen off the bus says its name no more, and its Xid is told in the same look.
+        self._indices |= {gpu.uuid: gpu.index for gpu in gpus or () if gpu.uuid is not None}
+        found = [self._xid(xid) for xid in xids]
         if gpus is None or gpus is self._last:
             return found
         self._last = gpus
@@ -490,8 +516,8 @@ class GpuTroubles:
             found += self._filling(now, gpu)
         return found + self._held(now, gpus)
 
-    def _xid(self, xid: Xid, gpus: tuple[Gpu, ...] | None) -> GpuTroubled:
-        index = next((gpu.index for gpu in gpus or () if xid.uuid is not None and gpu.uuid == xid.uuid), None)
+    def _xid(self, xid: Xid) -> GpuTroubled:
+        index = None if xid.uuid is None else self._indices.get(xid.uuid)
         whose = "a GPU" if index is None else f"GPU {index}"
         return GpuTroubled(
             trouble=GpuTrouble.XID, gpu=index, number=xid.number, text=f"{whose} reported Xid {xid.number}"
@@ -550,11 +576,11 @@ def _gpu_dict(gpu: Gpu) -> GpuDict:
     }
 
 
-def _host(kills: int | None) -> HostDict:
+def _host(kills: int | None, proc_dir: Path) -> HostDict:
     """The machine's memory now (proc_meminfo(5)); read at each question, since nobody else needs it."""
     found: dict[str, int] = {}
     try:
-        lines = _MEMINFO.read_text(encoding="ascii", errors="replace").splitlines()
+        lines = (proc_dir / "meminfo").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         lines = []
     for line in lines:

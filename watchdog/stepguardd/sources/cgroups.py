@@ -102,9 +102,9 @@ class Pressure:
     full_60s: float
 
 
-def memory_pressure(cgroup: MemoryCgroup | None = None) -> Pressure | None:
+def memory_pressure(cgroup: MemoryCgroup | None = None, *, proc: Path = Path("/proc")) -> Pressure | None:
     """Read the pressure of a version 2 cgroup, else of the machine; None where it is not kept."""
-    file = Path("/proc/pressure/memory")
+    file = proc / "pressure" / "memory"
     if cgroup is not None and cgroup.version == 2:
         file = cgroup.folder / "memory.pressure"
     try:

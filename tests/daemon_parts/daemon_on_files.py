@@ -1,0 +1,23 @@
+"""A real daemon whose machine is a folder: `python daemon_on_files.py CONFIG FOLDER`, until SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from pathlib import Path
+
+from stepguardd.config import load_config
+from stepguardd.daemon import Daemon
+from stepguardd.surroundings import HostFiles
+
+
+def main(config: str, folder: str) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    machine = Path(folder)
+    files = HostFiles(proc=machine / "proc", kmsg=machine / "kmsg", journald=machine / "journald")
+    asyncio.run(Daemon(load_config(Path(config)), files).run())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
