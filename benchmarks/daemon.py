@@ -2,7 +2,7 @@
 What the daemon costs: `python -m benchmarks.daemon [SECONDS]`.
 
 One server is probed at the defaults, the page is on, and a trainer's half of the gate page is there. In the
-same run stands a bare loop that sends the same requests a second with httpx and does nothing with the
+same run stands a bare loop that sends the same requests a second with aiohttp and does nothing with the
 answers: what any watcher pays.
 """
 
@@ -44,13 +44,14 @@ server.serve_forever()
 """
 
 BARE = """
-import asyncio, sys, httpx
+import asyncio, sys, aiohttp
 async def live(url):
-    async with httpx.AsyncClient(timeout=3) as client:
+    async with aiohttp.ClientSession() as client:
         print("ready", flush=True)
         while True:
             for path in ("/ready", "/model_info", "/metrics"):
-                await client.get(url + path)
+                async with client.get(url + path) as reply:
+                    await reply.read()
             await asyncio.sleep(1)
 asyncio.run(live(sys.argv[1]))
 """

@@ -43,21 +43,21 @@ class HttpSubject:
 
     def look(self) -> ServerProbed:
         async def go() -> ServerProbed:
-            async with sglang.client(self.url, TIMEOUT_S) as http:
+            async with sglang.client(self.url) as http:
                 return await sglang.probe(http, "s", timeout_s=TIMEOUT_S, names=self._names)
 
         return asyncio.run(go())
 
     def opinion(self) -> SchedulerAsked:
         async def go() -> SchedulerAsked:
-            async with sglang.client(self.url, TIMEOUT_S) as http:
+            async with sglang.client(self.url) as http:
                 return await sglang.ask_scheduler(http, "s", timeout_s=TIMEOUT_S, names=self._names)
 
         return asyncio.run(go())
 
     def token(self) -> GenerationAsked:
         async def go() -> GenerationAsked:
-            async with sglang.client(self.url, TIMEOUT_S) as http:
+            async with sglang.client(self.url) as http:
                 return await sglang.ask_token(http, "s", timeout_s=HEALTH_TIMEOUT_S, names=self._names)
 
         return asyncio.run(go())

@@ -395,7 +395,7 @@ def test_a_hook_that_refuses_is_named_without_its_token(tmp_path: Path) -> None:
         rig.hook.shutdown()
         rig.hook.server_close()
     outcome = asyncio.run(rig.backend().stop(()))
-    assert (outcome.ok, outcome.detail) == (False, "servers.hook: stop of server: ConnectError")
+    assert (outcome.ok, outcome.detail) == (False, "servers.hook: stop of server: ClientConnectorError")
 
 
 def test_a_cluster_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,7 @@ def always(data: bytes) -> Callable[[Hostile, asyncio.StreamWriter, bytes], Awai
 
 
 async def probed(url: str) -> ServerProbed:
-    async with sglang.client(url, QUICK_S) as http:
+    async with sglang.client(url) as http:
         return await sglang.probe(http, "s", timeout_s=QUICK_S)
 
 
@@ -257,7 +257,7 @@ def test_any_bytes_are_a_version_or_broken(body: bytes) -> None:
 
 def tried(answering: Callable[[Hostile, asyncio.StreamWriter, bytes], Awaitable[None]]) -> tuple[bool, str]:
     async def go() -> tuple[bool, str]:
-        async with Hostile(answering) as server, sglang.client(server.url, QUICK_S) as http:
+        async with Hostile(answering) as server, sglang.client(server.url) as http:
             outcome = await canary(http, requests=2, timeout_s=QUICK_S, ours=lambda: None)
             return outcome.ok, outcome.detail
 
@@ -288,7 +288,7 @@ def test_a_canary_to_a_hostile_server_fails_in_time(
 
 def test_a_canary_answered_by_another_process_is_refused() -> None:
     async def go() -> tuple[bool, str, list[bytes]]:
-        async with Hostile(always(generated("4"))) as server, sglang.client(server.url, QUICK_S) as http:
+        async with Hostile(always(generated("4"))) as server, sglang.client(server.url) as http:
             outcome = await canary(http, requests=2, timeout_s=QUICK_S, ours=lambda: False)
             return outcome.ok, outcome.detail, server.requests
 
@@ -297,7 +297,7 @@ def test_a_canary_answered_by_another_process_is_refused() -> None:
 
 def pushed(folder: Path, answering: Callable[..., Awaitable[None]], version: str = "7") -> tuple[bool, str]:
     async def go() -> tuple[bool, str]:
-        async with Hostile(answering) as server, sglang.client(server.url, QUICK_S) as http:
+        async with Hostile(answering) as server, sglang.client(server.url) as http:
             outcome = await push(http, pattern=f"{folder}/{{version}}", version=version, timeout_s=QUICK_S)
             return outcome.ok, outcome.detail
 
@@ -369,7 +369,7 @@ def test_a_healthy_server_is_told_as_it_is(embedded: ServerProcess) -> None:
 def test_a_canary_generates_and_its_tokens_are_counted(embedded: ServerProcess) -> None:
     async def go() -> tuple[int | None, int | None]:
         before = await probed(embedded.url)
-        async with sglang.client(embedded.url, 5.0) as http:
+        async with sglang.client(embedded.url) as http:
             outcome = await canary(http, requests=4, timeout_s=20, ours=lambda: True)
         assert outcome.ok, outcome.detail
         after = await seen(embedded.url, lambda event: event.tokens != before.tokens)
@@ -394,7 +394,7 @@ def test_weights_are_pushed_into_it(embedded: ServerProcess, base_model: Path, t
     (tmp_path / "9").symlink_to(base_model, target_is_directory=True)
 
     async def go() -> tuple[bool, str | None]:
-        async with sglang.client(embedded.url, 5.0) as http:
+        async with sglang.client(embedded.url) as http:
             outcome = await push(http, pattern=f"{tmp_path}/{{version}}", version="9", timeout_s=20)
         return outcome.ok, (await probed(embedded.url)).weight_version
 

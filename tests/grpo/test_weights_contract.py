@@ -9,6 +9,7 @@ import json
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
+import aiohttp
 import httpx
 import pytest
 
@@ -32,9 +33,9 @@ def served(http: httpx.Client) -> Iterator[Path]:
     assert http.post("/update_weights_from_disk", json=body).json()["success"] is True
 
 
-def asked(url: str, what: Callable[[httpx.AsyncClient], Awaitable[Outcome]]) -> Outcome:
+def asked(url: str, what: Callable[[aiohttp.ClientSession], Awaitable[Outcome]]) -> Outcome:
     async def go() -> Outcome:
-        async with sglang.client(url, 5.0) as http:
+        async with sglang.client(url) as http:
             return await what(http)
 
     return asyncio.run(go())
@@ -114,7 +115,7 @@ def test_a_load_into_a_paused_server_with_requests_is_believed_by_its_version_al
 
     async def go() -> tuple[Outcome, str, Outcome, httpx.Response]:
         async with (
-            sglang.client(server_url, 5.0) as ours,
+            sglang.client(server_url) as ours,
             httpx.AsyncClient(base_url=server_url, timeout=60, trust_env=False) as theirs,
         ):
             body = {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 12, "ignore_eos": True}}

@@ -357,7 +357,7 @@ class Daemon:
             server.processes.close()
             if stop_servers and server.settings.backend == "process":
                 await server.backend.stop(server.backend.find())
-            await server.http.aclose()
+            await server.http.close()
         if self._trainer is not None:
             self._trainer.close()
             if self._taken_up and self.config.trainer.on_stop == "stop":

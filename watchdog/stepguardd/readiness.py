@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from typing import Final
 
-import httpx
+import aiohttp
 
 from . import clock
 from .core.events import Answer
@@ -93,7 +93,7 @@ async def wait_until_ready(
     async with AsyncExitStack() as clients:
         work = []
         for name, url in servers.items():
-            http = await clients.enter_async_context(sglang.client(url, _GENERATE_TIMEOUT_S))
+            http = await clients.enter_async_context(sglang.client(url))
             work.append(_server(name, url, http, note))
         if gpus is not None:
             looks["gpus"] = Look(name="gpus", ready=False, detail="not asked yet")
@@ -106,14 +106,14 @@ async def wait_until_ready(
     return Outcome(looks=tuple(looks.values()), waited_s=clock.monotonic() - began)
 
 
-async def _server(name: str, url: str, http: httpx.AsyncClient, note: Callable[[Look], bool]) -> None:
+async def _server(name: str, url: str, http: aiohttp.ClientSession, note: Callable[[Look], bool]) -> None:
     while True:
         if note(await look_at_server(name, url, http)):
             return
         await asyncio.sleep(_POLL_S)
 
 
-async def look_at_server(name: str, url: str, http: httpx.AsyncClient) -> Look:
+async def look_at_server(name: str, url: str, http: aiohttp.ClientSession) -> Look:
     """One look: does it listen, and does it generate?"""
 
     def look(detail: str, *, ready: bool = False) -> Look:

@@ -30,7 +30,7 @@ class WatchedServer:
         self.log = self.settings.log or default_log
         self.backend = backend(identity(config), self.settings, self.log)
         self._names = sglang.Names()
-        self.http = sglang.client(self.settings.url, config.probe.timeout_s)
+        self.http = sglang.client(self.settings.url)
         self.processes = ServerProcesses(self.settings.name, self.backend.find, emit)
         self.base_model = base_model(self.settings.command)
         self.changing = asyncio.Lock()

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from typing import Final
 
-import httpx
+import aiohttp
 
 from ..core.events import Answer
 from ..sources.sglang import Reply, request
@@ -20,7 +20,7 @@ _IDS: Final = (1, 2, 3)
 
 
 async def canary(
-    http: httpx.AsyncClient, *, requests: int, timeout_s: float, ours: Callable[[], bool | None]
+    http: aiohttp.ClientSession, *, requests: int, timeout_s: float, ours: Callable[[], bool | None]
 ) -> Outcome:
     """
     See that a server generates.

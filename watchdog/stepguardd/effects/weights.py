@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 from typing import Any, Final
 
-import httpx
+import aiohttp
 
 from ..core.events import Answer, GreedyToken, WeightsLook
 from ..sources.sglang import Reply, request, weight_version
@@ -29,7 +29,7 @@ _IDS: Final = (1, 2, 3)  # in any vocabulary: one id outside of it kills a CPU s
 
 
 async def push(
-    http: httpx.AsyncClient,
+    http: aiohttp.ClientSession,
     *,
     pattern: str,
     version: str,
@@ -90,7 +90,10 @@ def _another_model(folder: Path, info: Reply, base: Path | None) -> str | None:
 
 
 async def compare(
-    server: tuple[str, httpx.AsyncClient], other: tuple[str, httpx.AsyncClient] | None, *, timeout_s: float
+    server: tuple[str, aiohttp.ClientSession],
+    other: tuple[str, aiohttp.ClientSession] | None,
+    *,
+    timeout_s: float,
 ) -> Outcome:
     """
     What the weights of a server show of themselves, and of another one; what cannot be learned is unknown.
@@ -109,7 +112,7 @@ async def compare(
     return Outcome(ok=True, looks=tuple(looks))
 
 
-async def look(name: str, http: httpx.AsyncClient, *, checksum: bool, timeout_s: float) -> WeightsLook:
+async def look(name: str, http: aiohttp.ClientSession, *, checksum: bool, timeout_s: float) -> WeightsLook:
     """One server's part of `compare`."""
     before = await _version(http)
     body = {
@@ -139,7 +142,7 @@ async def look(name: str, http: httpx.AsyncClient, *, checksum: bool, timeout_s:
     )
 
 
-async def _version(http: httpx.AsyncClient) -> str | None:
+async def _version(http: aiohttp.ClientSession) -> str | None:
     return weight_version(await request(http, "GET", "/model_info", timeout_s=_INFO_TIMEOUT_S))[1]
 
 

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-import httpx
+import aiohttp
 from pydantic import BaseModel
 
 from .. import clock
@@ -57,7 +57,7 @@ class Watched(Protocol):
     """What a report needs of a server's parts."""
 
     log: Path
-    http: httpx.AsyncClient
+    http: aiohttp.ClientSession
 
     @property
     def scrape(self) -> Scrape | None:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-import httpx
+import aiohttp
 
 from .. import clock
 from ..core.events import Answer, GenerationAsked, SchedulerAsked, ServerProbed
@@ -63,7 +63,7 @@ class Names:
     def __init__(self) -> None:
         self._first: dict[tuple[str, ...], str] = {}
 
-    async def get(self, http: httpx.AsyncClient, names: tuple[str, ...], *, timeout_s: float) -> Reply:
+    async def get(self, http: aiohttp.ClientSession, names: tuple[str, ...], *, timeout_s: float) -> Reply:
         """The reply under the first of these names that the server knows."""
         known = self._first.get(names, names[0])
         reply = Reply(answer=Answer.NOT_OFFERED)
@@ -75,20 +75,22 @@ class Names:
         return reply
 
 
-def client(url: str, timeout_s: float) -> httpx.AsyncClient:
-    """One server's client: no proxy from the environment, no redirects, few connections."""
-    return httpx.AsyncClient(
-        base_url=url,
+def client(url: str) -> aiohttp.ClientSession:
+    """One server's client, made in a running loop: no proxy of the environment, no cookies, no unpacking."""
+    return aiohttp.ClientSession(
+        # `request` names endpoints relative to it: a server may be behind a path.
+        base_url=url + "/",
+        # A connection is given up before uvicorn does so, after 5 s: no request is sent into one that ends.
+        connector=aiohttp.TCPConnector(limit=16, keepalive_timeout=4.0),
         headers={"Accept-Encoding": "identity"},  # a megabyte of gzip may be a gigabyte of zeros
-        timeout=timeout_s,
-        trust_env=False,
-        follow_redirects=False,
-        limits=httpx.Limits(max_connections=16, max_keepalive_connections=4),
+        auto_decompress=False,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),  # `request` has one for the whole
     )
 
 
 async def request(
-    http: httpx.AsyncClient,
+    http: aiohttp.ClientSession,
     method: str,
     path: str,
     *,
@@ -109,27 +111,29 @@ async def request(
 
     """
     try:
-        async with asyncio.timeout(timeout_s):
-            async with http.stream(method, path, json=body, timeout=timeout_s) as response:
-                return await _read(response, body_bytes_max)
-    except (TimeoutError, httpx.TimeoutException):
+        async with (
+            asyncio.timeout(timeout_s),
+            http.request(method, path.removeprefix("/"), json=body, allow_redirects=False) as response,
+        ):
+            return await _read(response, body_bytes_max)
+    except TimeoutError:
         return Reply(answer=Answer.TIMEOUT)
-    except httpx.ConnectError:
+    except aiohttp.ClientConnectorError:
         return Reply(answer=Answer.REFUSED)
-    except httpx.HTTPError:
+    except aiohttp.ClientError:
         return Reply(answer=Answer.BROKEN)
 
 
-async def _read(response: httpx.Response, bytes_max: int) -> Reply:
+async def _read(response: aiohttp.ClientResponse, bytes_max: int) -> Reply:
     chunks: list[bytes] = []
     size = 0
-    async for chunk in response.aiter_raw():
+    async for chunk in response.content.iter_any():
         size += len(chunk)
         if size > bytes_max:
             return Reply(answer=Answer.BROKEN)
         chunks.append(chunk)
     body = b"".join(chunks)
-    match response.status_code:
+    match response.status:
         case 200:
             return Reply(answer=Answer.OK, body=body)
         case 404 | 405:
@@ -141,7 +145,7 @@ async def _read(response: httpx.Response, bytes_max: int) -> Reply:
 
 
 async def probe(
-    http: httpx.AsyncClient,
+    http: aiohttp.ClientSession,
     server: str,
     *,
     timeout_s: float,
@@ -170,7 +174,7 @@ async def probe(
 
 
 async def ask_scheduler(
-    http: httpx.AsyncClient, server: str, *, timeout_s: float, names: Names | None = None
+    http: aiohttp.ClientSession, server: str, *, timeout_s: float, names: Names | None = None
 ) -> SchedulerAsked:
     """The second opinion: whether the scheduler itself answers, and when it made its last snapshot."""
     began = clock.monotonic()
@@ -188,7 +192,7 @@ async def ask_scheduler(
 
 
 async def ask_token(
-    http: httpx.AsyncClient, server: str, *, timeout_s: float, names: Names | None = None
+    http: aiohttp.ClientSession, server: str, *, timeout_s: float, names: Names | None = None
 ) -> GenerationAsked:
     """Have it generate one token: a second at least, twenty where it cannot."""
     began = clock.monotonic()

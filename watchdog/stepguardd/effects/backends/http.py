@@ -7,7 +7,7 @@ start, begun). The same intent may come twice, after a crash of the daemon, and 
 
 from types import MappingProxyType
 
-import httpx
+import aiohttp
 
 from ...config import ServerSettings
 from ...core.events import Proc
@@ -55,11 +55,14 @@ class HookBackend(ObservedBackend):
     async def _ask(self, action: str, intent: str, arguments: Arguments) -> Outcome:
         body = {"action": action, "server": self._name, "intent": intent, "arguments": dict(arguments)}
         try:
-            async with httpx.AsyncClient(timeout=self._timeout_s, trust_env=False) as http:
-                reply = await http.post(self._hook, json=body)
-        except httpx.HTTPError as error:
+            async with (
+                aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=self._timeout_s)) as http,
+                http.post(self._hook, json=body, allow_redirects=False) as reply,
+            ):
+                status = reply.status
+        except (aiohttp.ClientError, TimeoutError) as error:
             # The URL may carry a token: it is named by its key alone.
             return failed(f"servers.hook: {action} of {self._name}: {type(error).__name__}")
-        if not reply.is_success:
-            return failed(f"servers.hook: {action} of {self._name}: HTTP {reply.status_code}")
+        if not 200 <= status < 300:
+            return failed(f"servers.hook: {action} of {self._name}: HTTP {status}")
         return Outcome(ok=True, detail=f"the hook took {action}")
