@@ -36,7 +36,8 @@ def answering(state: State, told: Event) -> Event:
     if not isinstance(told, EffectEnded):
         return told
     repairs = (*(server.repair for server in state.servers), state.rollback, state.relaunch)
-    wanted = [one.intent for one in repairs if one is not None and one.intent is not None]
+    wanted = [halt.intent for halt in state.halts if halt.intent is not None]
+    wanted += [one.intent for one in repairs if one is not None and one.intent is not None]
     return replace(told, intent=wanted[-1]) if wanted else told
 
 

@@ -16,8 +16,10 @@ from stepguard.gate import PATH_BYTES_MAX
 from .config import Config
 from .core.commands import (
     CompareWeights,
+    ContinueGeneration,
     ContinueServer,
     Effect,
+    PauseGeneration,
     PrepareRollback,
     PushWeights,
     RunCanary,
@@ -28,6 +30,7 @@ from .core.commands import (
 )
 from .core.events import EffectEnded, Event
 from .core.state import State
+from .effects import generation
 from .effects.canary import canary
 from .effects.outcome import Outcome, failed
 from .effects.processes import resume
@@ -173,7 +176,14 @@ class Acting:
     async def _on_server(
         self,
         server: WatchedServer,
-        effect: ContinueServer | StopServer | StartServer | RunCanary | PushWeights | CompareWeights,
+        effect: ContinueServer
+        | StopServer
+        | StartServer
+        | RunCanary
+        | PushWeights
+        | CompareWeights
+        | PauseGeneration
+        | ContinueGeneration,
     ) -> Outcome:
         recovery = self._config.recovery
         match effect:
@@ -210,6 +220,10 @@ class Acting:
                     base=server.base_model,
                     anew=effect.anew,
                 )
+            case PauseGeneration():
+                return await generation.pause(server.http)
+            case ContinueGeneration():
+                return await generation.go_on(server.http)
             case CompareWeights():
                 other = None if effect.other is None else self._watched.get(effect.other)
                 return await compare(

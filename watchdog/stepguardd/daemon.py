@@ -41,7 +41,7 @@ from .core.commands import (
 from .core.decide import decide
 from .core.events import BatchReported, DaemonStarted, EffectEnded, Event, OperatorAsked, Tick
 from .core.state import GateOrder, Mode, Node, Server, State, initial
-from .effects import prompts
+from .effects import generation, prompts
 from .effects import trainer as trainers
 from .effects.backends.process import ProcessBackend, program_missing
 from .effects.gate import GateWriter
@@ -289,7 +289,8 @@ class Daemon:
         )
         met = {node.name: node for node in state.nodes}
         nodes = tuple(met.get(node.name, node) for node in nodes)
-        return replace(state, settings=settings, servers=kept, nodes=nodes)
+        halts = tuple(halt for halt in state.halts if halt.server in {server.name for server in kept})
+        return replace(state, settings=settings, servers=kept, nodes=nodes, halts=halts)
 
     def _taken_over(self, restored: Restored, text: str, unknown: State) -> State:
         """What another version of Stepguard left, as far as it can be read; said in one warning."""
@@ -336,6 +337,7 @@ class Daemon:
         self._recorder.take_up(self.state)
         wanted = {server.repair.intent for server in self.state.servers if server.repair is not None}
         wanted |= {one.intent for one in (self.state.rollback, self.state.relaunch) if one is not None}
+        wanted |= {halt.intent for halt in self.state.halts}
         for server in self._servers.values():
             server.processes.look()
         for effect in unfinished:
@@ -349,6 +351,7 @@ class Daemon:
     async def _close(self) -> None:
         """Stop the effects, tell the trainer that nobody is there, and leave the servers as configured."""
         await self._acting.close()
+        await self._let_go()
         await self._alerting.close()
         await self._recorder.close()
         self._nodes.close()
@@ -372,6 +375,12 @@ class Daemon:
             self.journal.close()
         for lock in self._locks:
             lock.close()
+
+    async def _let_go(self) -> None:
+        """A daemon that ends leaves no server paused; the next one pauses it again where that is due."""
+        halted = [halt.server for halt in self.state.halts] if self._taken_up else []
+        https = [self._servers[name].http for name in halted if name in self._servers]
+        await asyncio.gather(*(generation.go_on(http) for http in https))
 
     # ---- deciding ------------------------------------------------------------------------------------
 

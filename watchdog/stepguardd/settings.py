@@ -55,6 +55,7 @@ def core_settings(config: Config) -> Settings:
         relaunch_window_s=config.trainer.relaunch_window_s,
         relaunches_without_step=config.trainer.relaunches_without_step,
         lost_rank_grace_s=config.trainer.lost_rank_grace_s,
+        request_timeout_s=config.trainer.request_timeout_s,
         stall_factor=config.trainer.stall_factor,
         stall_floor_s=config.trainer.stall_floor_s,
         stall_ceiling_s=config.trainer.stall_ceiling_s,

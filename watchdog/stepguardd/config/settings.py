@@ -385,6 +385,13 @@ class LaunchSettings(Section):
     lost_rank_grace_s: Seconds = Field(
         default=30, description="When one rank of several has ended, the others have this long to end too."
     )
+    request_timeout_s: float = Field(
+        default=300,
+        ge=0,
+        le=30 * 86_400,
+        description="After how long its HTTP client gives up a request to a server. A trainer without the "
+        "guard is held by pausing its servers, for half of that at most; 0 never pauses them.",
+    )
     stall_factor: float = Field(
         default=6,
         ge=2,

@@ -96,6 +96,22 @@ class CompareWeights:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PauseGeneration:
+    """Let a server's requests wait, those that run and those that come."""
+
+    intent: str
+    server: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContinueGeneration:
+    """Let a server's requests go on; nothing to do for one that is not paused, or not there."""
+
+    intent: str
+    server: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PrepareRollback:
     """
     Find the newest proven checkpoint from before a step, set newer ones aside, move the marker.
@@ -154,6 +170,8 @@ Effect = (
     | RunCanary
     | PushWeights
     | CompareWeights
+    | PauseGeneration
+    | ContinueGeneration
     | PrepareRollback
     | StopTrainer
     | StartTrainer

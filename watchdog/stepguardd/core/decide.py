@@ -29,6 +29,7 @@ from . import (
     rungs,
     stall,
     surroundings,
+    unguarded,
     weights,
 )
 from .breaker import Phase
@@ -106,6 +107,7 @@ def decide(state: State, event: Event, now: float) -> tuple[State, tuple[Command
     _take_in(turn, event)
     batches.settle_trip(turn)
     holding.settle(turn)
+    unguarded.settle(turn)
     return turn.finish()
 
 
@@ -233,6 +235,8 @@ def _on_effect(turn: Turn, event: EffectEnded) -> None:
     under_way = turn.state.relaunch
     if under_way is not None and under_way.intent == event.intent:
         relaunch.effect_ended(turn, under_way, event)
+        return
+    if unguarded.ended(turn, event):
         return
     for server in turn.state.servers:
         recovery.effect_ended(turn, server, event)

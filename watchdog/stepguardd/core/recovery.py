@@ -13,7 +13,7 @@ server answers every probe and serves the base model.
 
 from dataclasses import replace
 
-from . import budget, memory, planned, poison, rungs, weights
+from . import budget, memory, planned, poison, rungs, unguarded, weights
 from .commands import ContinueServer, RunCanary, StartServer, StopServer
 from .events import Answer, EffectEnded, ServerProbed, TreeSampled
 from .fleet import Remedy, Suspicion, current, well
@@ -60,7 +60,7 @@ def verify(turn: Turn, server: Server, reason: Reason) -> None:
     states = {ServerState.STARTING, ServerState.SERVING, ServerState.SUSPECT}
     # A paused server lets requests wait; one whose requests fail is not paused.
     paused = server.state is ServerState.PLANNED and server.reason is Reason.SERVER_PAUSED
-    doubted = paused and reason is Reason.REQUESTS_FAILED
+    doubted = paused and (reason is Reason.REQUESTS_FAILED or unguarded.paused(turn.state, server.name))
     if server.repair is None and (server.state in states or doubted):
         _canary(turn, _begun(turn, server, reason, Stage.CANARY, ServerState.SUSPECT))
 
@@ -396,8 +396,14 @@ def _canary(turn: Turn, server: Server) -> None:
         server = replace(server, repair=None, owes_proof=True)
         turn.put(server.move(ServerState.PLANNED, turn.now, Reason.SERVER_OFFLOADED))
         return
-    intent = turn.intent("canary")
     since = repair.since if repair.stage is Stage.CANARY else turn.now
+    lifting = unguarded.paused(turn.state, server.name)
+    if lifting and turn.now - since < turn.state.settings.canary_timeout_s:
+        again_at = turn.now + turn.state.settings.interval_s / 4
+        waiting = replace(repair, stage=Stage.CANARY, since=since, intent=None, again_at=again_at)
+        turn.put(replace(server, repair=waiting))
+        return
+    intent = turn.intent("canary")
     repair = replace(repair, stage=Stage.CANARY, since=since, intent=intent)
     turn.put(replace(server, repair=repair))
     turn.commands.append(RunCanary(intent=intent, server=server.name))

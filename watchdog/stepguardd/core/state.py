@@ -148,6 +148,7 @@ class Settings:
     relaunch_window_s: float = 21600.0
     relaunches_without_step: int = 3
     lost_rank_grace_s: float = 30.0
+    request_timeout_s: float = 300.0
     stall_factor: float = 6.0
     stall_floor_s: float = 1800.0
     stall_ceiling_s: float = 7200.0
@@ -289,6 +290,33 @@ class Server:
         if self.state in {ServerState.SERVING, ServerState.PLANNED}:
             return True
         return self.state is ServerState.STARTING and self.repair is None
+
+
+class Halted(Enum):
+    """Where our pause of a server stands."""
+
+    PAUSING = "pausing"
+    PAUSED = "paused"
+    LIFTING = "lifting"
+    LIFTED = "lifted"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Halt:
+    """
+    A server that is paused so that a trainer without the guard waits. See core/unguarded.
+
+    Kept from its first pause until the hold is over: `since` is when that pause began, `at` when the stage
+    did, and with `over` this hold pauses it no more.
+    """
+
+    server: str
+    since: float
+    at: float
+    stage: Halted = Halted.LIFTED
+    intent: str | None = None
+    again_at: float | None = None
+    over: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -613,6 +641,7 @@ class State:
     answers: tuple[KnownAnswer, ...] = ()
     stream_step: int | None = None
     stream_position: str | None = None
+    halts: tuple[Halt, ...] = ()
     nodes: tuple[Node, ...] = ()
     clearing: int | None = None
     """The generation of the hold under which the nodes agree that the run may go on."""

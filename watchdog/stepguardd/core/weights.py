@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from . import proof
+from . import proof, unguarded
 from .commands import CompareWeights, PushWeights
 from .events import Answer, EffectEnded, OrderAcknowledged, ServerProbed, WeightsLook
 from .fleet import STALE_PROBES, Remedy, Suspicion, current
@@ -25,6 +25,8 @@ def prove(turn: Turn, server: Server) -> None:
     assert repair is not None
     if repair.intent is not None or repair.resync_generation is not None:
         return
+    if unguarded.paused(turn.state, server.name):
+        return  # being lifted: SGLang 0.5.23 dies of two loads into a paused server
     nobody = trainer.pid is None or trainer.alive is False
     unannounced = repair.cause is Reason.SERVER_STARTING and trainer.weight_version is None
     if settings.weights_fixed or nobody or unannounced:

@@ -80,6 +80,8 @@ ACTS: Final = {
     "RunCanary": "canary generations on",
     "PushWeights": "weights pushed to",
     "CompareWeights": "look at the weights of",
+    "PauseGeneration": "pause of",
+    "ContinueGeneration": "end of the pause of",
     "PrepareRollback": "search for a checkpoint to go back to",
     "StopTrainer": "stop of the trainer",
     "StartTrainer": "start of the trainer",

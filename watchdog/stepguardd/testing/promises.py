@@ -6,6 +6,7 @@ from ..core.commands import (
     ContinueServer,
     MarkPrompts,
     Notify,
+    PauseGeneration,
     PrepareRollback,
     PublishGate,
     PushWeights,
@@ -20,6 +21,7 @@ from ..core.state import (
     REWARDS_KEPT,
     SEEN_KEPT,
     GateOrder,
+    Halted,
     Mode,
     NodeState,
     Server,
@@ -78,6 +80,7 @@ class Promises:
             _servers(state)
             _bounded(state)
             _asked(state, commands)
+            _halted(state, commands)
             self._acts(state, event, commands, now)
         except BrokenPromise as broken:
             raise BrokenPromise(f"{broken}; at {now:g} after {event}") from None
@@ -219,6 +222,17 @@ def _asked(state: State, commands: tuple[Command, ...]) -> None:
             repair = next(one.repair for one in state.servers if one.name == command.server)
             anew = repair is not None and repair.restarts
             _require(anew or not theirs, f"a canary for {command.server} in {trainer.works_at}")
+
+
+def _halted(state: State, commands: tuple[Command, ...]) -> None:
+    """A server is paused for a trainer without the guard alone; neither asked nor loaded while it is."""
+    ours = {halt.server for halt in state.halts if halt.stage is not Halted.LIFTED}
+    for command in commands:
+        if isinstance(command, PauseGeneration):
+            free = state.trainer.pid is None and state.gate.order is not GateOrder.GO
+            _require(free, f"{command.server} is paused and the trainer has a guard, or nothing holds it")
+        if isinstance(command, PushWeights):
+            _require(command.server not in ours, f"weights for {command.server}, which is paused")
 
 
 def _bounded(state: State) -> None:

@@ -14,10 +14,12 @@ from typing import TypeVar
 from ..core.commands import (
     Command,
     CompareWeights,
+    ContinueGeneration,
     ContinueServer,
     Effect,
     MarkPrompts,
     Notify,
+    PauseGeneration,
     PrepareRollback,
     PublishGate,
     PushWeights,
@@ -40,6 +42,7 @@ from ..core.events import (
     OrderAcknowledged,
     Proc,
     ProcessExited,
+    RewardLogged,
     SchedulerAsked,
     ServerProbed,
     StepCommitted,
@@ -78,7 +81,7 @@ class FakeServer:
         version: the weights that it says it serves; None where it does not say.
         base_version: what it serves after a start.
         stop_s, start_s, load_s, canary_s, push_s: how long each takes.
-        can_start, can_stop, can_generate, can_load: whether each succeeds.
+        can_start, can_stop, can_generate, can_load, can_pause: whether each succeeds.
         paused: `/ready` says 503, and no token comes. `pause_mode` says what becomes of open requests.
         listens: whether its port answers.
         weights: those that it has, where they are not what `version` says.
@@ -112,6 +115,7 @@ class FakeServer:
     can_stop: bool = True
     can_generate: bool = True
     can_load: bool = True
+    can_pause: bool = True
     paused: bool = False
     listens: bool = True
     weights: str | None = None
@@ -275,6 +279,7 @@ class FakeTrainer:
         can_resync: whether its handler succeeds.
         managed: whether Stepguard starts it.
         can_start, can_stop: whether each succeeds.
+        guarded: False for one of which only the log is known.
 
     """
 
@@ -295,6 +300,7 @@ class FakeTrainer:
     managed: bool = False
     can_start: bool = True
     can_stop: bool = True
+    guarded: bool = True
     stopped: bool = False
     dead: bool = False
     starts: list[StartTrainer] = field(default_factory=list)
@@ -501,6 +507,26 @@ class World:
         self.run(1.0)
         return True
 
+    def log(self, reward: float | None = None) -> bool:
+        """
+        A whole step of a trainer without the guard, and its row in the log.
+
+        Returns:
+            Whether it could: no server generates for one whose requests wait.
+
+        """
+        if not any(fake.generates(self.now) for fake in self.servers.values()):
+            return False
+        trainer = self.trainer
+        trainer.step += 1
+        mean = 0.7 + 0.01 * ((trainer.step * 7) % 5) if reward is None else reward
+        if trainer.version is not None:
+            trainer.version = f"v{trainer.step}"
+        self.publish()
+        self.feed(RewardLogged(step=trainer.step, reward=mean))
+        self.run(1.0)
+        return True
+
     def commit(self, reward: float | None = None, *, sync: bool = True) -> None:
         """The optimizer step itself; the new weights go to every server at once, or not yet."""
         trainer = self.trainer
@@ -540,6 +566,8 @@ class World:
     def see_trainer(self) -> None:
         """Read the trainer's page; that of a dead one says what it last said."""
         trainer = self.trainer
+        if not trainer.guarded:
+            return
         if not trainer.dead:
             trainer.beats += 1
         self.feed(
@@ -575,6 +603,7 @@ class World:
         self.state = self.state if lost is None else lost
         waiting = [server.repair.intent for server in self.state.servers if server.repair is not None]
         waiting += [one.intent for one in (self.state.rollback, self.state.relaunch) if one is not None]
+        waiting += [halt.intent for halt in self.state.halts]
         begun = [
             c
             for _, c in self.said
@@ -635,6 +664,10 @@ class World:
                 self._later(self.servers[effect.server].push_s, lambda: self._push(effect))
             case CompareWeights():
                 self._later(0.25, lambda: self._compare(effect))
+            case PauseGeneration():
+                self._later(0.0, lambda: self._pause(effect, True))
+            case ContinueGeneration():
+                self._later(0.0, lambda: self._pause(effect, False))
             case PrepareRollback():
                 self._later(0.25, lambda: self._prepare(effect))
             case StopTrainer():
@@ -683,6 +716,13 @@ class World:
         names = [effect.server] if effect.other is None else [effect.server, effect.other]
         looks = tuple(self.servers[name].look(self.now) for name in names)
         self.feed(EffectEnded(intent=effect.intent, ok=True, looks=looks))
+
+    def _pause(self, effect: PauseGeneration | ContinueGeneration, paused: bool) -> None:
+        fake = self.servers[effect.server]
+        ok = fake.up(self.now) and not (fake.mute or fake.storm) and fake.can_pause
+        if ok:
+            fake.paused = paused
+        self._end(effect.intent, ok, "" if ok else "no answer")
 
     def _prepare(self, effect: PrepareRollback) -> None:
         before = effect.before_step
@@ -774,12 +814,15 @@ class World:
             self.feed(TrainerTree(procs=self.trainer.procs))
 
     def _standing(self) -> bool:
-        return self.trainer.listens and not self.trainer.dead and self.gate.order is not GateOrder.GO
+        reads = self.trainer.listens and self.trainer.guarded
+        return reads and not self.trainer.dead and self.gate.order is not GateOrder.GO
 
     def _obey(self) -> None:
         """A held trainer carries out each order once, and says so."""
         trainer, gate = self.trainer, self.gate
-        if trainer.stopped or trainer.dead or not trainer.listens or gate.generation <= trainer.acked:
+        if trainer.stopped or trainer.dead or not (trainer.listens and trainer.guarded):
+            return
+        if gate.generation <= trainer.acked:
             return
         trainer.acked = gate.generation
         ok = True

@@ -1,0 +1,31 @@
+"""A server's requests wait, and go on: `/pause_generation` and `/continue_generation`, both idempotent."""
+
+from typing import Final
+
+import httpx
+
+from ..core.events import Answer
+from ..sources.sglang import request
+from .outcome import Outcome, failed
+
+TIMEOUT_S: Final = 5.0
+
+
+async def pause(http: httpx.AsyncClient) -> Outcome:
+    """
+    Let what runs and what comes wait, open and unanswered.
+
+    `in_place`: the other modes cut rollouts short, or compute their prompts anew.
+    """
+    reply = await request(http, "POST", "/pause_generation", timeout_s=TIMEOUT_S, body={"mode": "in_place"})
+    return (
+        Outcome(ok=True) if reply.answer is Answer.OK else failed(f"/pause_generation: {reply.answer.value}")
+    )
+
+
+async def go_on(http: httpx.AsyncClient) -> Outcome:
+    """End a pause. Where nothing listens, or pauses are not offered, there is none."""
+    reply = await request(http, "POST", "/continue_generation", timeout_s=TIMEOUT_S, body={})
+    if reply.answer in {Answer.OK, Answer.REFUSED, Answer.NOT_OFFERED}:
+        return Outcome(ok=True)
+    return failed(f"/continue_generation: {reply.answer.value}")
