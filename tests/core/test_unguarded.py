@@ -234,3 +234,22 @@ def test_weights_are_never_pushed_into_a_server_that_is_paused_for_it() -> None:
     assert world.run(60, until=lambda: world.order == "GO")
     assert world.all(PauseGeneration)
     assert world.run(5, until=lambda: not any(fake.paused for fake in world.servers.values()))
+
+
+def test_weights_that_nothing_proves_are_told_after_a_restart() -> None:
+    """Its restarted server serves the base model; what it holds itself, nobody says."""
+    world = unguarded("a", "b", settings=Settings(backoff_first_s=0.0))
+    newest = world.trainer.version
+    world.kill("a")
+    assert world.run(60, until=lambda: world.server("a").usable and world.server("a").restarts == 1)
+    (told,) = [text for text in world.told("call") if "nothing proves it" in text]
+    assert "a serves version base" in told
+    assert f"the others serve {newest}" in told
+    assert not any("proven current" in text for text in world.told("action"))
+
+
+def test_a_first_start_and_weights_that_never_change_are_no_such_news() -> None:
+    world = unguarded(settings=Settings(weights_fixed=True, backoff_first_s=0.0))
+    world.kill()
+    assert world.run(60, until=lambda: world.server().usable and world.server().restarts == 1)
+    assert not any("nothing proves it" in text for text in world.told("call"))

@@ -30,6 +30,7 @@ def prove(turn: Turn, server: Server) -> None:
     nobody = trainer.pid is None or trainer.alive is False
     unannounced = repair.cause is Reason.SERVER_STARTING and trainer.weight_version is None
     if settings.weights_fixed or nobody or unannounced:
+        _tell_unproven(turn, server, repair)
         serve(turn, server)  # nobody holds other weights yet: the trainer pushes its own when it starts
         return
     known = server.weight_version is not None and trainer.weight_version is not None
@@ -53,6 +54,28 @@ def prove(turn: Turn, server: Server) -> None:
     elif trainer.handles_resync and (not push or repair.push_failed) and _may_resync(turn, repair):
         generation = turn.state.gate.generation + 1
         turn.put(replace(server, repair=replace(repair, resync_generation=generation)))
+
+
+def _unproven(turn: Turn, repair: Repair) -> bool:
+    """Whether a new process serves a trainer without the guard, which names no version as its own."""
+    anew = repair.restarts or repair.cause is Reason.SERVER_RETURNED
+    fixed = turn.state.settings.weights_fixed or turn.state.trainer.alive is False
+    return anew and not fixed and unguarded.known(turn.state)
+
+
+def _tell_unproven(turn: Turn, server: Server, repair: Repair) -> None:
+    if not _unproven(turn, repair):
+        return
+    others = (one for one in turn.state.servers if one.name != server.name)
+    theirs = sorted({one.weight_version for one in others if one.usable and one.weight_version is not None})
+    beside = f"; the others serve {', '.join(theirs[:3])}" if theirs else ""
+    served = "an unnamed version" if server.weight_version is None else f"version {server.weight_version}"
+    turn.note(
+        "call",
+        Reason.WEIGHTS_UNPROVEN,
+        f"{server.name} serves {served} after its restart{beside}: nothing proves it, because the trainer "
+        "has no guard; rollouts are of these weights until it pushes its own",
+    )
 
 
 def again(turn: Turn, repair: Repair) -> bool:
@@ -303,4 +326,5 @@ def serve(turn: Turn, server: Server) -> None:
     )
     turn.put(server.move(ServerState.SERVING, turn.now, None))
     if repair.restarts:
-        turn.note("action", repair.cause, f"{server.name} serves again, weights proven current")
+        how = "with weights that nothing proves" if _unproven(turn, repair) else "weights proven current"
+        turn.note("action", repair.cause, f"{server.name} serves again, {how}")

@@ -1,0 +1,54 @@
+"""A server's requests wait while it is paused, and are answered whole when it goes on."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import httpx
+import pytest
+
+from grpo.server_process import ServerProcess, free_port
+from stepguardd.effects import generation
+from stepguardd.effects.outcome import Outcome
+from stepguardd.sources import sglang
+
+pytestmark = pytest.mark.e2e
+PROMPT = [10, 1, 2, 3, 4, 11]
+
+
+def asked(url: str, work: Callable[[httpx.AsyncClient], Awaitable[Outcome]]) -> Outcome:
+    async def go() -> Outcome:
+        async with sglang.client(url, 5.0) as http:
+            return await work(http)
+
+    return asyncio.run(go())
+
+
+def test_a_request_waits_through_a_pause_and_is_answered_whole(server_url: str) -> None:
+    async def go() -> None:
+        async with sglang.client(server_url, 60.0) as http:
+            assert (await generation.pause(http)).ok
+            assert (await generation.pause(http)).ok, "idempotent"
+            body = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 4, "ignore_eos": True}}
+            call = asyncio.create_task(http.post("/generate", json=body))
+            try:
+                done, _ = await asyncio.wait([call], timeout=1.0)
+                assert not done
+            finally:
+                assert (await generation.go_on(http)).ok
+            reply = (await call).json()
+            assert reply["meta_info"]["finish_reason"]["type"] != "abort"
+            assert len(reply["output_ids"]) == 4
+            assert (await generation.go_on(http)).ok, "nothing to do"
+
+    asyncio.run(go())
+
+
+def test_where_nothing_listens_there_is_no_pause_to_end() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    assert asked(url, generation.go_on).ok
+    assert not asked(url, generation.pause).ok
+
+
+@pytest.fixture
+def server_url(embedded: ServerProcess) -> str:
+    return embedded.url
