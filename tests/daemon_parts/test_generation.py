@@ -1,9 +1,10 @@
 """A server's requests wait while it is paused, and are answered whole when it goes on."""
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 
-import httpx
+import aiohttp
 import pytest
 
 from grpo.server_process import ServerProcess, free_port
@@ -15,9 +16,9 @@ pytestmark = pytest.mark.e2e
 PROMPT = [10, 1, 2, 3, 4, 11]
 
 
-def asked(url: str, work: Callable[[httpx.AsyncClient], Awaitable[Outcome]]) -> Outcome:
+def asked(url: str, work: Callable[[aiohttp.ClientSession], Awaitable[Outcome]]) -> Outcome:
     async def go() -> Outcome:
-        async with sglang.client(url, 5.0) as http:
+        async with sglang.client(url) as http:
             return await work(http)
 
     return asyncio.run(go())
@@ -25,17 +26,17 @@ def asked(url: str, work: Callable[[httpx.AsyncClient], Awaitable[Outcome]]) -> 
 
 def test_a_request_waits_through_a_pause_and_is_answered_whole(server_url: str) -> None:
     async def go() -> None:
-        async with sglang.client(server_url, 60.0) as http:
+        async with sglang.client(server_url) as http:
             assert (await generation.pause(http)).ok
             assert (await generation.pause(http)).ok, "idempotent"
             body = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 4, "ignore_eos": True}}
-            call = asyncio.create_task(http.post("/generate", json=body))
+            call = asyncio.create_task(sglang.request(http, "POST", "/generate", timeout_s=60.0, body=body))
             try:
                 done, _ = await asyncio.wait([call], timeout=1.0)
                 assert not done
             finally:
                 assert (await generation.go_on(http)).ok
-            reply = (await call).json()
+            reply = json.loads((await call).body)
             assert reply["meta_info"]["finish_reason"]["type"] != "abort"
             assert len(reply["output_ids"]) == 4
             assert (await generation.go_on(http)).ok, "nothing to do"

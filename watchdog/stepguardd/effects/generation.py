@@ -2,7 +2,7 @@
 
 from typing import Final
 
-import httpx
+import aiohttp
 
 from ..core.events import Answer
 from ..sources.sglang import request
@@ -11,7 +11,7 @@ from .outcome import Outcome, failed
 TIMEOUT_S: Final = 5.0
 
 
-async def pause(http: httpx.AsyncClient) -> Outcome:
+async def pause(http: aiohttp.ClientSession) -> Outcome:
     """
     Let what runs and what comes wait, open and unanswered.
 
@@ -23,7 +23,7 @@ async def pause(http: httpx.AsyncClient) -> Outcome:
     )
 
 
-async def go_on(http: httpx.AsyncClient) -> Outcome:
+async def go_on(http: aiohttp.ClientSession) -> Outcome:
     """End a pause. Where nothing listens, or pauses are not offered, there is none."""
     reply = await request(http, "POST", "/continue_generation", timeout_s=TIMEOUT_S, body={})
     if reply.answer in {Answer.OK, Answer.REFUSED, Answer.NOT_OFFERED}:
