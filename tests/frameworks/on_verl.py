@@ -64,7 +64,14 @@ def main() -> None:
         trainer=SimpleNamespace(critic_warmup=0),
     )
     driver.reward_loop_manager = SimpleNamespace(reward_loop_worker_handles=[1])
-    driver.checkpoint_manager = SimpleNamespace(update_weights=lambda step: done.append("update_weights"))
+
+    def pushing() -> str:
+        seen = daemon.page.trainer()
+        return "nothing" if seen is None else seen.phase.name
+
+    driver.checkpoint_manager = SimpleNamespace(
+        update_weights=lambda step: done.append(f"update_weights in {pushing()}")
+    )
     driver.replay_buffer = SimpleNamespace(
         sample=lambda **asked: (
             SimpleNamespace(extra_info={}, rewards=rewards[driver.global_steps], tags=[], keys=[]),

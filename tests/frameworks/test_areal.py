@@ -126,6 +126,22 @@ def test_a_failed_episode_is_rejected_and_no_zero(caplog: pytest.LogCaptureFixtu
     assert caplog.text.count("Traceback") == 1
 
 
+def test_requests_that_fail_in_a_row_are_told(tmp_path: Path, guard: Guard, daemon: VirtualDaemon) -> None:
+    class Broken:
+        async def arun_episode(self, engine: Any, data: dict[str, Any]) -> Any:
+            raise ConnectionResetError("the server went away")
+
+    guarded(Trainer(tmp_path, []), guard)
+
+    async def episodes() -> None:
+        for _ in range(8):
+            assert await IsolatedWorkflow(Broken()).arun_episode(None, {}) is None
+
+    asyncio.run(episodes())
+    (told,) = daemon.of_kind("requests_failed")
+    assert told["in_a_row"] == 8
+
+
 def test_a_snapshot_replaces_one_of_the_same_step(tmp_path: Path) -> None:
     (tmp_path / "recover_info").mkdir()
     for word in ("first", "second"):

@@ -119,6 +119,14 @@ def test_a_failed_trajectory_costs_one_trajectory_and_is_outside_of_its_group(
     assert (batch["ok"], batch["failed"], batch["reward"]["mean"]) == (31, 1, pytest.approx(15 / 31))
 
 
+def test_requests_that_fail_in_a_row_are_told(args: Any, daemon: VirtualDaemon) -> None:
+    args.rollout_batch_size = 40  # so that what fails is no tenth of them
+    failing(args, *range(8))
+    slime.generate_rollout(args, 0, Prompts())
+    told = [(report["in_a_row"], report["error"]) for report in daemon.of_kind("requests_failed")]
+    assert told == [(8, "ConnectionResetError: the tool went away"), (0, "")]
+
+
 def test_the_fan_out_is_kept(args: Any, daemon: VirtualDaemon) -> None:
     generate = args.generate
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import transformers
 
 from frameworks.tiny_trl import copied, same, tiny_trainer, weights
 from guard.virtual_daemon import VirtualDaemon, VirtualTime
-from stepguard.gate import Order
+from stepguard.gate import Order, Phase
 from stepguard.guard import Guard
 from stepguard.integrations.trl import StepguardCallback
 from stepguard.orders import RollbackRequested, StopRequested
@@ -245,6 +247,28 @@ def test_save_then_stop(tmp_path: Path, daemon: VirtualDaemon, time: VirtualTime
 def test_a_trainer_that_generates_otherwise_is_refused_at_once(tmp_path: Path, guard: Guard) -> None:
     with pytest.raises(TypeError, match="_generate_and_score_completions"):
         StepguardCallback(object(), guard)
+
+
+def test_weights_are_pushed_to_vllm_in_their_own_phase(
+    tmp_path: Path, daemon: VirtualDaemon, guard: Guard
+) -> None:
+    from trl.trainer import grpo_trainer
+
+    assert "self.vllm_generation.sync_weights()" in inspect.getsource(grpo_trainer)
+    phases = []
+
+    def push() -> None:
+        seen = daemon.page.trainer()
+        assert seen is not None
+        phases.append(seen.phase)
+
+    trainer = tiny_trainer(tmp_path)
+    trainer.vllm_generation = SimpleNamespace(sync_weights=push)
+    StepguardCallback(trainer, guard)
+    with guard.rollouts(1):
+        trainer.vllm_generation.sync_weights()
+        push()
+    assert phases == [Phase.SYNC, Phase.ROLLOUT]
 
 
 def daemon_is_told_of_none(callback: StepguardCallback) -> None:

@@ -53,7 +53,7 @@ def test_verl_registers_the_guarded_trainers_by_its_environment_alone(ran: dict[
 
 def test_a_refused_batch_updates_neither_critic_nor_actor(ran: dict[str, Any]) -> None:
     taken = ran["steps"]["1"]["done"]
-    assert taken[-3:] == ["_update_critic", "_update_actor", "update_weights"]
+    assert taken[-3:] == ["_update_critic", "_update_actor", "update_weights in SYNC"]
     refused = ran["steps"]["2"]["done"]
     assert "_compute_advantage" in refused
     assert not {"_update_critic", "_update_actor"} & {*refused}

@@ -206,7 +206,7 @@ class Guard:
                 fanout=fanout,
                 passing=_PASSING,
                 log=self._failures,
-                on_done=self._trajectory_ended,
+                on_done=self.trajectory_ended,
             )
             return await (send() if prompts is None else self._in_turns(send, prompts))
         finally:
@@ -531,6 +531,11 @@ class Guard:
         self._presence.enter(phase)
         return self._until_left(before)
 
+    def trajectory_ended(self, error: BaseException | None) -> None:
+        """One trajectory that `gather` does not await ended, with this error or with none."""
+        self._presence.progressed()
+        self._streak.ended(error)
+
     @property
     def attempt(self) -> int:
         """Counts rollbacks and relaunches."""
@@ -675,10 +680,6 @@ class Guard:
             sleep=self._sleep,
             log=self._log,
         )
-
-    def _trajectory_ended(self, error: BaseException | None) -> None:
-        self._presence.progressed()
-        self._streak.ended(error)
 
     def _tell_streak(self, in_a_row: int, error: str) -> None:
         self._link.send(

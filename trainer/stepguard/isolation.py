@@ -142,9 +142,9 @@ async def gather(
     return _rebuilt(shape, outcomes, length)
 
 
-async def alone(item: Any, *, log: FailureLog) -> Any:
+async def alone(item: Any, *, log: FailureLog, on_done: Callable[[BaseException | None], None]) -> Any:
     """Await one: its result, or `Aborted(exception)`, noted in the log; cancelling still cancels."""
-    (outcome,) = await gather([item], fanout=0, log=log, on_done=lambda error: None)
+    (outcome,) = await gather([item], fanout=0, log=log, on_done=on_done)
     return outcome
 
 

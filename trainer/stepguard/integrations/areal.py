@@ -23,6 +23,12 @@ _SNAPSHOTS: Final = "stepguard-snapshots"
 log = logging.getLogger("stepguard")
 
 
+class _Process:
+    """What one process keeps: a workflow is made apart from the trainer that `guarded` was given."""
+
+    guard: Guard | None = None
+
+
 class IsolatedWorkflow:
     """
     A workflow whose failed episodes are rejected, each distinct error with its traceback, once.
@@ -41,7 +47,7 @@ class IsolatedWorkflow:
 
     async def arun_episode(self, engine: Any, data: dict[str, Any]) -> Any:
         """The inner workflow's trajectory; None (rejected, never a reward of 0) where it failed."""
-        outcome = await alone(self.inner.arun_episode(engine, data), log=self._failures)
+        outcome = await alone(self.inner.arun_episode(engine, data), log=self._failures, on_done=_ended)
         if not isinstance(outcome, Aborted):
             return outcome
         self.failed += 1
@@ -69,6 +75,7 @@ def guarded(trainer: Any, guard: Guard | None = None, *, keep: int = 2) -> Any:
 
     """
     watch = Guard.from_env(**over_gloo()) if guard is None else guard
+    _Process.guard = watch
     actor, recover = trainer.actor, trainer.recover_handler
     prepare, update, save = actor.prepare_batch, actor.ppo_update, trainer._save_recover_checkpoint
     info = trainer.recover_info
@@ -136,6 +143,12 @@ def snapshot(trial: Path, step: int, *, keep: int) -> Path:
     for old in ages[:-keep]:
         shutil.rmtree(old)
     return place
+
+
+def _ended(error: BaseException | None) -> None:
+    """Tell the guard, where it is in this process: a streak of failed requests is found at once."""
+    if _Process.guard is not None:
+        _Process.guard.trajectory_ended(error)
 
 
 def _trial(recover: Any) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 
 from skyrl.train.utils.callbacks import TrainingCallback
 
+from stepguard.gate import Phase
 from stepguard.guard import Guard
 
 
@@ -34,7 +35,7 @@ class StepguardCallback(TrainingCallback):  # type: ignore[misc] # skyrl has no 
         self._skipped = False
 
     def on_train_start(self, trainer: Any, callback_input: Any, control: Any) -> None:
-        """Put the gate before the update: of it callbacks are not told."""
+        """Put the gate before the update, and say when weights are pushed: callbacks are told of neither."""
         if self._wrapped is trainer:
             return
         self._wrapped = trainer
@@ -52,6 +53,13 @@ class StepguardCallback(TrainingCallback):  # type: ignore[misc] # skyrl has no 
             return update(data)
 
         trainer.convert_to_training_input, trainer.train_critic_and_policy = judged, gated
+        push = trainer.dispatch.save_weights_for_sampler
+
+        async def pushed(*args: Any, **kwargs: Any) -> Any:
+            with self.guard.phase(Phase.SYNC):  # its engines are silent on purpose
+                return await push(*args, **kwargs)
+
+        trainer.dispatch.save_weights_for_sampler = pushed
 
     def on_step_start(self, trainer: Any, callback_input: Any, control: Any) -> None:
         """The gate, before any rollout of this step."""

@@ -176,11 +176,14 @@ def isolate(module: Any) -> None:
     one, group = module.generate_and_rm, module.generate_and_rm_group
 
     async def generate_and_rm(state: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
-        outcome = await alone(one(state, sample, *args, **kwargs), log=process.failures)
+        outcome = await alone(one(state, sample, *args, **kwargs), log=process.failures, on_done=_ended)
         return _failed(sample, outcome.exception, state) if isinstance(outcome, Aborted) else outcome
 
     async def generate_and_rm_group(state: Any, samples: Any, *args: Any, **kwargs: Any) -> Any:
-        out = await alone(group(state, samples, *args, **kwargs), log=process.failures)
+        # Its members were told of one by one.
+        out = await alone(
+            group(state, samples, *args, **kwargs), log=process.failures, on_done=lambda error: None
+        )
         if isinstance(out, Aborted):  # its reward model
             out = [_failed(sample, out.exception, state) for sample in samples]
         fans_out = any(isinstance(member, list) for member in out)
@@ -188,6 +191,12 @@ def isolate(module: Any) -> None:
 
     setattr(generate_and_rm_group, _ISOLATED, True)
     module.generate_and_rm, module.generate_and_rm_group = generate_and_rm, generate_and_rm_group
+
+
+def _ended(error: BaseException | None) -> None:
+    """Tell the guard that one trajectory ended: a streak of failed requests is found while rollouts run."""
+    if process.guard is not None:
+        process.guard.trajectory_ended(error)
 
 
 def _wrapped_rollout() -> Callable[..., Any]:

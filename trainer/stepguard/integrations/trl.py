@@ -68,6 +68,9 @@ class StepguardCallback(transformers.TrainerCallback):  # type: ignore[misc] # t
         if hasattr(trainer, "_get_grad_norm"):
             self._norm: Callable[..., Any] = trainer._get_grad_norm
             trainer._get_grad_norm = self._norm_and_note
+        if getattr(trainer, "vllm_generation", None) is not None:
+            self._push: Callable[[], Any] = trainer.vllm_generation.sync_weights
+            trainer.vllm_generation.sync_weights = self._push_in_its_phase
         self._sharded = bool(trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
         self.guard.on_save(self._save)
         if not self._sharded:
@@ -154,6 +157,11 @@ class StepguardCallback(transformers.TrainerCallback):  # type: ignore[misc] # t
         weights = self._trainer.reward_weights.tolist()
         self._rewards = [_weighed(row, weights) for row in per_function.tolist()]
         return per_function
+
+    def _push_in_its_phase(self) -> Any:
+        """The server is silent on purpose while it takes weights."""
+        with self.guard.phase(Phase.SYNC):
+            return self._push()
 
     def _norm_and_note(self, *args: Any, **kwargs: Any) -> Any:
         norm = self._norm(*args, **kwargs)

@@ -18,6 +18,7 @@ from typing import Any
 
 from verl.trainer.ppo.v1 import get_trainer_cls, register_trainer
 
+from stepguard.gate import Phase
 from stepguard.guard import Guard
 
 
@@ -75,7 +76,8 @@ class StepguardMixin:
 
     def on_step_end(self) -> None:
         """After verl has brought the new weights to its servers."""
-        super().on_step_end()  # type: ignore[misc] # verl's
+        with self.guard.phase(Phase.SYNC):  # its servers are silent on purpose
+            super().on_step_end()  # type: ignore[misc] # verl's
         if self._admitted:
             step = self.global_steps  # type: ignore[attr-defined] # verl's
             self.guard.after_step(step, reward=self._reward, metrics=self._metrics)
