@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import ssl
-from collections.abc import AsyncIterator
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -15,12 +19,14 @@ import trustme
 from alerts.http_peer import HttpPeer, Reply, http_peer
 from alerts.test_channels import MESSAGE, curve, sent
 from daemon_parts.test_daemon import config_file
-from stepguardd.alerts.alerting import Alerting
+from stepguardd import clock
+from stepguardd.alerts.alerting import STALE_LOOP_S, Alerting
 from stepguardd.alerts.channels.apprise_urls import Apprise
-from stepguardd.alerts.channels.contract import Broken, Later
+from stepguardd.alerts.channels.contract import Broken, Channel, Later
 from stepguardd.alerts.channels.webhook import Webhook
-from stepguardd.alerts.peers import Peers
+from stepguardd.alerts.peers import Answer, Peers
 from stepguardd.config import load_config
+from stepguardd.core.alerts.book import Route
 from stepguardd.credentials import Secret
 from stepguardd.journal import Journal
 from stepguardd.testing import World
@@ -134,7 +140,14 @@ def test_no_proxy_is_taken_from_the_environment(monkeypatch: pytest.MonkeyPatch)
 # ---- the whole of it, without a run ----------------------------------------------------------------
 
 
-def alerts(root: Path, **tables: dict[str, Any]) -> Alerting:
+def alerts(
+    root: Path,
+    *,
+    peers: Peers | None = None,
+    channels: Sequence[tuple[Channel, Route]] | None = None,
+    stale_s: float = STALE_LOOP_S,
+    **tables: dict[str, Any],
+) -> Alerting:
     """The alerts of a run in this folder, with a journal beside them."""
     path = config_file(root)
     with path.open("a") as config:
@@ -144,7 +157,7 @@ def alerts(root: Path, **tables: dict[str, Any]) -> Alerting:
     config_of_it.run.state_dir.mkdir(parents=True)
     Journal(config_of_it.run.state_dir / "journal.db", boot_id="boot").close()
     world = World()
-    return Alerting(config_of_it, lambda: world.state)
+    return Alerting(config_of_it, lambda: world.state, peers=peers, channels=channels, stale_s=stale_s)
 
 
 def hidden(root: Path, value: str) -> str:
@@ -164,6 +177,14 @@ async def at_work(voice: Alerting) -> AsyncIterator[None]:
             task.cancel()
         await asyncio.wait(tasks)
         await voice.close()
+
+
+async def met(condition: Callable[[], bool]) -> None:
+    """Wait for it, as long as the test may run."""
+    while True:
+        if condition():
+            return
+        await asyncio.sleep(0.01)
 
 
 def pings(peer: HttpPeer) -> int:
@@ -192,3 +213,83 @@ def test_the_dead_mans_ping_arrives_and_a_refused_one_is_told_without_its_addres
                 assert PLANTED not in str(voice.warnings())
 
     asyncio.run(live())
+
+
+class CountingPeers(Peers):
+    """A way out that takes everything, and knows when it was last asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+
+    async def request(self, method: str, url: str, **given: Any) -> Answer:
+        del method, url, given
+        self.asked += 1
+        return Answer(status=200, text="OK", retry_after_s=None)
+
+
+def test_a_decision_loop_that_does_not_turn_sends_no_ping_until_it_turns_again(tmp_path: Path) -> None:
+    async def live() -> None:
+        out, stale_s = CountingPeers(), 1.0
+        table = {"dead_man_secret": hidden(tmp_path, "https://ping/"), "dead_man_interval_s": 0.01}
+        voice = alerts(tmp_path, peers=out, stale_s=stale_s, alerts=table)
+        async with at_work(voice):
+            while out.asked < 3:
+                voice.vouch()
+                await asyncio.sleep(0.01)
+            last_word = clock.monotonic()
+            await met(lambda: clock.monotonic() > last_word + stale_s)
+            before = out.asked
+            await asyncio.sleep(0.5)  # fifty intervals
+            assert out.asked == before
+            voice.vouch()
+            await met(lambda: out.asked > before)
+
+    asyncio.run(live())
+
+
+def test_a_daemon_that_is_stopped_or_killed_is_told_by_the_pings_absence(tmp_path: Path) -> None:
+    with http_peer() as peer:
+        path = config_file(tmp_path)
+        with path.open("a") as config:
+            config.write(
+                f"[alerts]\ninternal_hosts = ['127.0.0.1']\ndead_man_interval_s = 0.1\n"
+                f"dead_man_secret = {hidden(tmp_path, f'{peer.url}/{PLANTED}')}\n"
+            )
+        daemon = subprocess.Popen(
+            [sys.executable, "-m", "stepguardd", "run", "--config", str(path)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+        def arrive() -> None:
+            before = pings(peer)
+            until(lambda: pings(peer) >= before + 2)
+
+        def cease() -> None:
+            """What was on its way arrives; then nothing does, for ten intervals."""
+            quiet_since, seen = clock.monotonic(), pings(peer)
+            while clock.monotonic() < quiet_since + 1.0:
+                time.sleep(0.05)
+                if pings(peer) > seen:
+                    quiet_since, seen = clock.monotonic(), pings(peer)
+                assert seen < limit, "the pings go on"
+
+        try:
+            arrive()
+            daemon.send_signal(signal.SIGSTOP)
+            limit = pings(peer) + 3
+            cease()
+            daemon.send_signal(signal.SIGCONT)
+            arrive()
+        finally:
+            daemon.kill()
+            daemon.wait(timeout=30)
+        limit = pings(peer) + 3
+        cease()
+
+
+def until(met: Callable[[], bool]) -> None:
+    end = clock.monotonic() + 60.0
+    while not met():
+        assert clock.monotonic() < end, "it did not come to that in a minute"
+        time.sleep(0.02)

@@ -8,23 +8,25 @@ Nothing here may end the daemon: a bug in alerts is logged, told in `stepguard s
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Final
 
 from .. import clock
 from ..config import Config
 from ..core.alerts import book as books
-from ..core.alerts.book import Book, Notice
+from ..core.alerts.book import Book, Notice, Route
 from ..core.alerts.words import Message, write
 from ..core.commands import Notify
 from ..core.state import State
-from ..credentials import CredentialError, Secret, read_secret
+from ..credentials import Secret, read_secret
 from . import setup
-from .channels.contract import Broken, Later
+from .border import ANSWERS, Unforeseen, bordered
+from .channels.contract import Channel
 from .curve import Wanted, draw
 from .delivery import Delivery, troubles
 from .outbox import Outbox, Posting
+from .peers import Answer, Peers
 from .render import local_time
 
 log = logging.getLogger("stepguardd")
@@ -43,16 +45,28 @@ class Alerting:
     Args:
         config: the whole configuration.
         state: the state as it is now.
+        peers: the way out; what the config says by default.
+        channels: whom to tell, and how soon; those that the config sets by default.
+        stale_s: a decision loop that is silent for so long sends no ping.
 
     """
 
-    def __init__(self, config: Config, state: Callable[[], State]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        state: Callable[[], State],
+        *,
+        peers: Peers | None = None,
+        channels: Sequence[tuple[Channel, Route]] | None = None,
+        stale_s: float = STALE_LOOP_S,
+    ) -> None:
         self._config = config
         self._state = state
         self._policy = setup.policy(config)
         self._place = setup.place(config)
-        self._peers = setup.peers(config)
-        pairs = setup.channels(config, self._peers)
+        self._peers = setup.peers(config) if peers is None else peers
+        self._stale_s = stale_s
+        pairs = setup.channels(config, self._peers) if channels is None else channels
         self._routes = tuple(route for _, route in pairs)
         self._outbox = Outbox(config.run.state_dir / "journal.db")
         self._deliveries = [Delivery(channel, self._outbox, self._draw) for channel, _ in pairs]
@@ -103,12 +117,10 @@ class Alerting:
     async def _lasting(self, what: str, work: Callable[[], Coroutine[None, None, None]]) -> None:
         while True:
             try:
-                await work()
-            except Exception as error:  # noqa: BLE001 - a task's border: the watchdog outlives a bug in its alerts
-                # The error's text and trace may hold a secret that a library put there: its type must do.
-                self._failure = f"{what} failed ({type(error).__name__}), trying again"
+                await bordered(work())
+            except Unforeseen as fault:
+                self._failure = f"{what} failed ({fault}), trying again"
                 log.error("alerts: %s", self._failure)
-                log.debug("at %s", _where(error))
             await asyncio.sleep(AGAIN_S)
 
     # ---- the book ------------------------------------------------------------------------------------
@@ -193,26 +205,23 @@ class Alerting:
         source = self._config.alerts.dead_man_secret
         assert source is not None
         while True:
-            if clock.monotonic() - self._vouched < STALE_LOOP_S:
+            if clock.monotonic() - self._vouched < self._stale_s:
                 await self._ping(partial(read_secret, "alerts.dead_man_secret", source))
             await asyncio.sleep(self._config.alerts.dead_man_interval_s)
+
+    async def _asked(self, secret: Callable[[], Secret]) -> Answer:
+        return await self._peers.request("GET", secret().reveal(), headers={"User-Agent": "stepguard"})
 
     async def _ping(self, secret: Callable[[], Secret]) -> None:
         trouble = None
         try:
-            answer = await self._peers.request("GET", secret().reveal(), headers={"User-Agent": "stepguard"})
+            answer = await bordered(self._asked(secret), ANSWERS)
             if not 200 <= answer.status < 300:
                 trouble = f"the dead man's address answers {answer.status}; check alerts.dead_man_secret"
-        except (Later, Broken, CredentialError) as error:
+        except ANSWERS as error:
             trouble = f"no ping: {error}"
+        except Unforeseen as fault:
+            trouble = f"no ping: it failed ({fault})"
         if trouble is not None and trouble != self._pinged:
             log.warning("%s", trouble)
         self._pinged = trouble
-
-
-def _where(error: BaseException) -> str:
-    """File and line of an error's origin, without its text."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return "unknown" if trace is None else f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"

@@ -51,12 +51,16 @@ async def draw(wanted: Wanted, *, cache: Path | None = None, timeout_s: float = 
         "opened_wall": wanted.opened_wall,
         "cache": None if cache is None else str(cache),
     }
-    child = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "stepguardd.alerts.curve_process"),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
+    try:
+        child = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "stepguardd.alerts.curve_process"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+    except OSError as error:
+        log.warning("no curve: its process does not start (%s)", error.strerror)
+        return None
     try:
         async with asyncio.timeout(timeout_s):
             out, err = await child.communicate(json.dumps(request).encode())

@@ -16,6 +16,7 @@ from .. import clock
 from ..core.alerts.words import Message, cut
 from ..credentials import CredentialError
 from ..failpoint import failpoint
+from .border import Unforeseen, hand_over
 from .channels.contract import Broken, Channel, Later, Rejected
 from .outbox import Outbox, Posting
 
@@ -25,6 +26,7 @@ SEND_TIMEOUT_S: Final = 120.0
 FIRST_WAIT_S: Final = 1.0
 LONGEST_WAIT_S: Final = 30.0
 BROKEN_WAIT_S: Final = 120.0
+STUMBLES_MAX: Final = 20  # about nine minutes
 MESSAGE_AGE_MAX_S: Final = 24 * 3600.0
 
 
@@ -62,6 +64,7 @@ class Delivery:
         self._jitter = jitter
         self._not_before = 0.0
         self._failures = 0
+        self._stumbles = 0
 
     async def run(self) -> None:
         """Hand over whatever comes, for as long as the daemon lives."""
@@ -92,7 +95,7 @@ class Delivery:
         try:
             async with asyncio.timeout(SEND_TIMEOUT_S):
                 root = self._outbox.root(self.name, message.thread)
-                receipt = await self._channel.send(message, root, lambda: self._draw(message))
+                receipt = await hand_over(self._channel, message, root, lambda: self._draw(message))
         except (Later, TimeoutError) as error:
             after_s = error.after_s if isinstance(error, Later) else None
             return await self._wait(posting, str(error) or "no answer in time", self._backoff_s(after_s))
@@ -103,11 +106,24 @@ class Delivery:
             self.trouble = str(error)
             await self._outbox.dropped(posting, str(error))
             return 0.0
+        except Unforeseen as fault:
+            return await self._stumbled(posting, f"failed ({fault})")
         failpoint("alert_sent")
         if self.trouble is not None:
             log.info("%s takes alerts again", self.name)
-        self.trouble, self._failures, self._not_before = None, 0, 0.0
+        self.trouble, self._failures, self._not_before, self._stumbles = None, 0, 0.0, 0
         await self._outbox.sent(posting, receipt, self._wall())
+        return 0.0
+
+    async def _stumbled(self, posting: Posting, why: str) -> float:
+        """A bug: it may pass, as where memory was short; it must not hold up the next for a day."""
+        self._stumbles += 1
+        if self._stumbles < STUMBLES_MAX:
+            return await self._wait(posting, why, self._backoff_s(None))
+        number = posting.message.number
+        log.error("alert %d is lost on %s after %d tries: %s", number, self.name, STUMBLES_MAX, why)
+        self.trouble, self._stumbles = why, 0
+        await self._outbox.dropped(posting, why)
         return 0.0
 
     def _backoff_s(self, after_s: float | None) -> float:

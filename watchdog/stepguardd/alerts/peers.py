@@ -23,6 +23,7 @@ from .channels.contract import Broken, Later
 TIMEOUT_S: Final = 10.0
 ANSWER_BYTES_MAX: Final = 64 * 1024
 RETRY_AFTER_MAX_S: Final = 3600.0
+_NO_ADDRESS: Final = "the address in the secret does not look like https://host/path; write it anew"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +99,8 @@ class Peers:
                 found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, TimeoutError):
             raise Later(f"the name {host} cannot be looked up") from None
+        except UnicodeError:
+            raise Broken(f"{host} is no name of a host; correct it") from None
         addresses = [str(entry[4][0]) for entry in found]
         for address in addresses:
             if not self.is_internal(host) and not _is_public(address):
@@ -124,13 +127,16 @@ class Peers:
         except ValueError:
             host, port = None, None
         if not host or parts.scheme not in {"http", "https"} or not is_plain(url):
-            raise Broken("the address in the secret does not look like https://host/path; write it anew")
+            raise Broken(_NO_ADDRESS)
         if parts.scheme == "http" and not self.is_internal(host):
             raise Broken(f"{host} would be asked without TLS; use https, or add it to alerts.internal_hosts")
         sent = dict(headers or {})
         extensions: dict[str, object] = {}
         proxy = None if self.is_internal(host) else self._proxy
-        target = httpx.URL(url)
+        try:
+            target = httpx.URL(url)
+        except (httpx.InvalidURL, UnicodeError):  # the latter of idna
+            raise Broken(_NO_ADDRESS) from None
         if proxy is None:
             address = await self.checked(host, port or (443 if parts.scheme == "https" else 80))
             sent["Host"] = parts.netloc.rpartition("@")[2]

@@ -9,12 +9,12 @@ import typer
 
 from stepguardd import clock
 from stepguardd.alerts import setup
-from stepguardd.alerts.channels.contract import Broken, Channel, Later, Rejected
+from stepguardd.alerts.border import ANSWERS, Unforeseen, hand_over
+from stepguardd.alerts.channels.contract import Channel
 from stepguardd.alerts.curve import Wanted, draw
 from stepguardd.cli.output import bad_news, fail, print_json
 from stepguardd.config import Config, ConfigError, load_config
 from stepguardd.core.alerts.words import sample
-from stepguardd.credentials import CredentialError
 
 TIMEOUT_S = 90.0
 
@@ -55,9 +55,11 @@ async def _try_all(channels: list[Channel], config: Config) -> list[Mapping[str,
     async def attempt(channel: Channel) -> Mapping[str, object]:
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                await channel.send(message, None, picture)
-        except (Later, Broken, Rejected, CredentialError) as error:
+                await hand_over(channel, message, None, picture)
+        except ANSWERS as error:
             return {"channel": channel.name, "ok": False, "error": str(error)}
+        except Unforeseen as fault:
+            return {"channel": channel.name, "ok": False, "error": f"a fault of Stepguard: {fault}"}
         except TimeoutError:
             return {"channel": channel.name, "ok": False, "error": f"no answer within {TIMEOUT_S:g} s"}
         return {"channel": channel.name, "ok": True, "error": None}

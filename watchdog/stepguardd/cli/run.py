@@ -32,11 +32,9 @@ def run(
     It runs until SIGTERM or Ctrl-C. Servers with backend "process" outlive it unless run.servers_on_stop
     says "stop".
     """
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
-    )
-    for noisy in ("httpx", "httpcore", "asyncio"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Others' words from a warning on: what a library says below that may be an address with its secret.
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("stepguardd").setLevel(logging.DEBUG if verbose else logging.INFO)
     try:
         settings = load_config(config, parse_assignments(assignments or []))
     except ConfigError as error:

@@ -41,12 +41,15 @@ class Apprise:
             "type": {"call": "failure", "alert": "warning", "well": "success", "info": "info"}[tone(message)],
             "picture": None if picture is None else base64.b64encode(picture).decode(),
         }
-        child = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "stepguardd.alerts.channels.apprise_process"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-        )
+        try:
+            child = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "stepguardd.alerts.channels.apprise_process"),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.DEVNULL,
+            )
+        except OSError as error:
+            raise Later(f"Apprise's process does not start ({error.strerror})") from None
         try:
             async with asyncio.timeout(self._timeout_s):
                 out, _ = await child.communicate(json.dumps(request).encode())
