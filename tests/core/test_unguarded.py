@@ -117,6 +117,19 @@ def test_a_server_that_dies_while_it_is_paused_is_proven_and_not_left_paused() -
     assert not any(fake.paused for fake in world.servers.values())
 
 
+def test_a_daemon_that_comes_back_pauses_no_server_under_repair() -> None:
+    world = unguarded("a", "b")
+    world.ask("pause")
+    assert world.run(5, until=lambda: waiting(world))
+    world.kill("a")
+    assert world.run(5, until=lambda: world.state.servers[0].repair is not None)
+    before = len(world.all(PauseGeneration))
+    world.restart_daemon()
+    assert world.state.servers[0].repair is not None
+    world.run(1)
+    assert [pause.server for pause in world.all(PauseGeneration)[before:]] == ["b"]
+
+
 def test_a_server_that_does_not_answer_is_let_go_as_soon_as_it_does() -> None:
     world = unguarded("a", "b")
     world.ask("pause")
