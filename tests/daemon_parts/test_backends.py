@@ -56,6 +56,7 @@ case "$1" in
        [ -e {drop} ] && {{ echo "# {drop}"; cat {drop}; }}; exit 0 ;;
   start) [ -e {folder}/pid ] && kill -0 "$(cat {folder}/pid)" 2>/dev/null && exit 0
          line=$(cat {folder}/unit {drop} 2>/dev/null | grep ^ExecStart= | tail -1)
+         line=${{line//%t//{folder}/run}} line=${{line//%i/one}}
          setsid ${{line#ExecStart=}} >/dev/null 2>&1 </dev/null & echo $! > {folder}/pid ;;
   stop) kill -9 "$(cat {folder}/pid 2>/dev/null)" 2>/dev/null; rm -f {folder}/pid; exit 0 ;;
   *) exit 0 ;;
@@ -211,12 +212,28 @@ class ProcessRig(Rig):
 class SystemdRig(Rig):
     def build(self) -> None:
         (self.folder / "unit").write_text(f"[Service]\nExecStart={' '.join(self.command)}\n")
-        drop = self.folder / "drop-ins/sglang.service.d/60-stepguard-arguments.conf"
+        drop = self.folder / "run/systemd/system/sglang.service.d/60-stepguard-arguments.conf"
         self.systemctl = self.program("systemctl", SYSTEMCTL.format(folder=self.folder, drop=drop))
 
     def backend(self) -> Backend:
         given = self.settings(backend="systemd", unit="sglang.service")
-        return SystemdBackend(given, systemctl=(self.systemctl,), drop_ins=self.folder / "drop-ins")
+        return SystemdBackend(given, systemctl=(self.systemctl,), runtime=self.folder / "run")
+
+
+class InstanceRig(SystemdRig):
+    """A unit that reads its arguments as the packaged one does; no drop-in can be written."""
+
+    def build(self) -> None:
+        super().build()
+        launch = self.program("launch", '#!/bin/bash\nfile=$1; shift\nexec "$@" $(cat "$file" 2>/dev/null)\n')
+        line = f"ExecStart={launch} %t/stepguard-arguments/%i {' '.join(self.command)}"
+        (self.folder / "unit").write_text(f"[Service]\n{line}\n")
+        (self.folder / "run").mkdir()
+        (self.folder / "run/systemd").write_text("a file where a folder should be")
+
+    def backend(self) -> Backend:
+        given = self.settings(backend="systemd", unit="sglang@one.service")
+        return SystemdBackend(given, systemctl=(self.systemctl,), runtime=self.folder / "run")
 
 
 class DockerRig(Rig):
@@ -287,7 +304,7 @@ class HookRig(Rig):
         return HookBackend(self.settings(backend="http", hook=f"{self.url}{path}"))
 
 
-RIGS = [ProcessRig, SystemdRig, DockerRig, NamedContainerRig, RayRig, HookRig]
+RIGS = [ProcessRig, SystemdRig, InstanceRig, DockerRig, NamedContainerRig, RayRig, HookRig]
 
 
 @pytest.fixture(params=RIGS, ids=lambda rig: rig.__name__.removesuffix("Rig").lower())
@@ -429,7 +446,7 @@ def test_a_container_whose_pid_is_somebody_elses_here_is_not_seen(tmp_path: Path
 
 def test_a_drop_in_that_cannot_be_written_is_told_and_the_unit_runs(tmp_path: Path) -> None:
     rig = SystemdRig(tmp_path)
-    (tmp_path / "drop-ins").write_text("a file where a folder should be")
+    (tmp_path / "run").write_text("a file where a folder should be")
     backend = rig.backend()
     try:
         outcome = asyncio.run(backend.start("1-start", {"--max-running-requests": "8"}))

@@ -287,7 +287,7 @@ def unit(tmp_path: Path) -> Iterator[SystemdBackend]:
     command.write_text(SYSTEMCTL.format(folder=tmp_path))
     command.chmod(command.stat().st_mode | stat.S_IXUSR)
     given = ServerSettings(url="http://127.0.0.1:1", backend="systemd", unit="sglang.service")
-    yield SystemdBackend(given, systemctl=(str(command),), drop_ins=tmp_path / "drop-ins")
+    yield SystemdBackend(given, systemctl=(str(command),), runtime=tmp_path / "run")
     subprocess.run([str(command), "stop"], check=False, timeout=10)
 
 

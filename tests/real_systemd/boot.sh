@@ -1,10 +1,11 @@
 #!/bin/bash
 # Becomes PID 1 of its own namespaces: first hides every place of the host that systemd or its jobs write to,
-# then is systemd. Arguments: a folder of the host to share (seen as /run/shared, its units/ are systemd's), and
+# then is systemd. Arguments: a folder of the host to share (seen as /run/shared, its units/ are systemd's), the
+# cgroups it gets ("unified", or "hybrid": memory in a hierarchy of version 1, the rest in one of version 2), and
 # folders that must stay readable although a home or a temporary folder above them is hidden.
 set -euo pipefail
-shared=$1
-shift
+shared=$1 cgroups=$2
+shift 2
 
 mount --make-rprivate /
 # What is about to be covered is set aside first, in a place where nothing else is.
@@ -40,9 +41,21 @@ done
 mkdir /run/shared
 mount --bind /mnt/shared /run/shared
 
-# One hierarchy, rooted at this namespace's own cgroup; the kernel's settings are not ours to change.
+# Each hierarchy is rooted at this namespace's own cgroup; the kernel's settings are not ours to change.
 umount -R /sys/fs/cgroup
-mount -t cgroup2 cgroup2 /sys/fs/cgroup
+case $cgroups in
+unified) mount -t cgroup2 cgroup2 /sys/fs/cgroup ;;
+hybrid)
+  mount -t tmpfs -o mode=0755 tmpfs /sys/fs/cgroup
+  mkdir /sys/fs/cgroup/{unified,systemd,memory}
+  mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified
+  mount -t cgroup -o none,name=systemd cgroup /sys/fs/cgroup/systemd
+  mount -t cgroup -o memory cgroup /sys/fs/cgroup/memory
+  # systemd mounts whatever controller it finds here: of the others it would get the host's own roots.
+  grep -E '^(#|memory\b)' /proc/cgroups >/mnt/controllers
+  mount --bind /mnt/controllers /proc/cgroups
+  ;;
+esac
 mount --bind /proc/sys /proc/sys
 mount -o remount,ro,bind /proc/sys
 

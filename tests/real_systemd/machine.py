@@ -35,6 +35,8 @@ PROGRAMS = (
     "pkaction",
 )
 UNIFIED = (Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup"))
+# Where memory is counted by cgroups of version 1, systemd keeps its own hierarchy of that version beside it.
+LEGACY = (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup/systemd"))
 
 # Without their default dependencies, which would draw in a whole machine's boot.
 BARE = "[Unit]\nDefaultDependencies=no\n"
@@ -89,21 +91,32 @@ def unified() -> Path | None:
     return next((path for path in UNIFIED if (path / "cgroup.subtree_control").exists()), None)
 
 
+def memory_cgroups() -> str | None:
+    """The cgroups with which a machine booted here can limit memory; None where it has to do without."""
+    root = unified()
+    if root is not None and "memory" in (root / "cgroup.controllers").read_text().split():
+        return "unified"
+    return "hybrid" if all((path / "cgroup.procs").exists() for path in LEGACY) else None
+
+
 class Machine:
     """
     A booted systemd.
 
     Args:
         folder: a folder of the host, shared with it as /run/shared.
+        cgroups: "unified", or "hybrid": memory in a hierarchy of version 1 beside the unified one.
 
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, cgroups: str = "unified") -> None:
         self.shared = folder / "shared"
+        self.cgroups = cgroups
         self._log = folder / "systemd.log"
         root = unified()
         assert root is not None
-        self._cgroup = root / f"stepguard-test-{os.getpid()}-{time.monotonic_ns()}"
+        name = f"stepguard-test-{os.getpid()}-{time.monotonic_ns()}"
+        self._cgroups = [path / name for path in (root, *(LEGACY if cgroups == "hybrid" else ()))]
         self._outer: subprocess.Popen[bytes] | None = None
         self.init = 0
 
@@ -114,20 +127,23 @@ class Machine:
             path.write_text(text)
         for folder in (self.shared, *self.shared.rglob("*")):
             folder.chmod(0o755 if folder.is_dir() else 0o644)
-        self._cgroup.mkdir()
-        into = 'echo $$ >"$0/cgroup.procs" && exec "$@"'  # the namespace is rooted where it is made
+        for folder in self._cgroups:
+            folder.mkdir()
+        # The namespace is rooted where it is made.
+        into = 'for folder in $0; do echo $$ >"$folder/cgroup.procs" || exit; done; exec "$@"'
         command = [
             "sh",
             "-c",
             into,
-            str(self._cgroup),
+            " ".join(map(str, self._cgroups)),
             *("setpriv", "--pdeathsig", "KILL"),  # were this process killed, all of it would end as well
             "unshare",
             "-fpmuC",
             "--mount-proc",
             "--kill-child=KILL",
         ]
-        command += [str(HERE / "boot.sh"), str(self.shared), str(ROOT), sys.prefix, sys.base_prefix]
+        command += [str(HERE / "boot.sh"), str(self.shared), self.cgroups]
+        command += [str(ROOT), sys.prefix, sys.base_prefix]
         with self._log.open("wb") as log:
             self._outer = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
@@ -148,7 +164,8 @@ class Machine:
             self._outer.kill()
             self._outer.wait(timeout=10)
         deadline = time.monotonic() + 20
-        for folder in sorted((self._cgroup, *self._cgroup.rglob("*/")), reverse=True):
+        made = [folder for root in self._cgroups for folder in (root, *root.rglob("*/"))]
+        for folder in sorted(made, reverse=True):
             while folder.is_dir():
                 with contextlib.suppress(OSError):
                     folder.rmdir()
@@ -220,7 +237,7 @@ class Machine:
 
 
 @contextlib.contextmanager
-def booted(folder: Path) -> Iterator[Machine]:
+def booted(folder: Path, cgroups: str = "unified") -> Iterator[Machine]:
     """A machine that is gone when the block is left."""
-    with Machine(folder) as machine:
+    with Machine(folder, cgroups) as machine:
         yield machine

@@ -54,10 +54,11 @@ class Site:
         machine: a booted systemd with Stepguard installed.
         run: the run's name, and the instance's of each unit.
         port: where the server is to listen.
+        serve: arguments of the server beside those.
 
     """
 
-    def __init__(self, machine: Machine, run: str, *, port: int) -> None:
+    def __init__(self, machine: Machine, run: str, *, port: int, serve: str = "") -> None:
         self.machine = machine
         self.run = run
         self.daemon = f"stepguardd@{run}.service"
@@ -70,7 +71,7 @@ class Site:
         config = CONFIG.format(port=port, run=run, training=self.training)
         machine.path(f"/etc/stepguard/{run}.toml").write_text(config)
         python = f"OMP_NUM_THREADS=1\nHOME=/tmp\n{{}}={sys.executable} -m"
-        server = f"stepguard_grpo.server --model-path {self.training}/base --port {port}\n"
+        server = f"stepguard_grpo.server --model-path {self.training}/base --port {port} {serve}\n"
         machine.path(f"/etc/stepguard/servers/{run}.env").write_text(f"{python.format('SERVER')} {server}")
         trainer = f"stepguard_grpo.train --server-url http://127.0.0.1:{port} --run-root {self.training} "
         trainer += "--steps 100000 --save-every 5 --no-wandb --guard\n"

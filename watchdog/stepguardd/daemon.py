@@ -39,7 +39,15 @@ from .core.commands import (
     PublishGate,
 )
 from .core.decide import decide
-from .core.events import BatchReported, DaemonStarted, EffectEnded, Event, OperatorAsked, Tick
+from .core.events import (
+    BatchReported,
+    DaemonStarted,
+    EffectEnded,
+    Event,
+    OperatorAsked,
+    ProcessExited,
+    Tick,
+)
 from .core.state import GateOrder, Mode, Node, Server, State, initial
 from .effects import generation, prompts
 from .effects import trainer as trainers
@@ -206,7 +214,7 @@ class Daemon:
         self._stream = RewardStream.of(self.config, self.state.stream_position, self.feed)
         for index, settings in enumerate(self.config.servers):
             self._servers[settings.name] = WatchedServer(
-                self.config, index, self.feed, functools.partial(self._known, settings.name)
+                self.config, index, self._of_server, functools.partial(self._known, settings.name)
             )
         backend = trainers.trainer_backend(
             identity(self.config),
@@ -400,6 +408,12 @@ class Daemon:
             raise
         finally:
             self._deciding = False
+
+    def _of_server(self, event: Event) -> None:
+        """What is told of a server; whether the kernel killed it is known for a few milliseconds only."""
+        self.feed(event)
+        if isinstance(event, ProcessExited):
+            self._surroundings.count_kills()
 
     def _decide(self, event: Event) -> None:
         now = clock.monotonic()

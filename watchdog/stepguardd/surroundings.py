@@ -151,10 +151,13 @@ class Surroundings:
             self._reading = None
             for followed, piece in read:
                 self._tell_lines(followed, piece)
-            now = clock.monotonic()
-            self._owners.look(self._state(), now)
-            for kill in self._kills.poll(now):
-                self._emit(kill)
+            self._owners.look(self._state(), clock.monotonic())
+            self.count_kills()
+
+    def count_kills(self) -> None:
+        """Count the kernel's kills now: systemd removes a dead unit's cgroup, and its counter, at once."""
+        for kill in self._kills.poll(clock.monotonic()):
+            self._emit(kill)
 
     def status(self) -> dict[str, object]:
         """The keys of `status` that are this module's: `gpus`, `host` and `unseen`."""

@@ -1,15 +1,16 @@
 """
 The server as a systemd unit of its own.
 
-Changed arguments go into a drop-in that repeats the unit's own ExecStart with them at its end; SGLang takes
-the last word on a flag. The drop-in lies under /run (a user's: $XDG_RUNTIME_DIR), so a reboot forgets it.
+Changed arguments come after the unit's own; SGLang takes the last word on a flag. A unit whose ExecStart
+reads `%t/stepguard-arguments/%i`, as the packaged one does, gets them in that file, which takes no privilege.
+For any other a drop-in repeats its ExecStart with them, which takes root. Both lie under /run (a user's:
+$XDG_RUNTIME_DIR), so a reboot forgets them.
 """
 
 import asyncio
 import os
 import subprocess
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
@@ -23,6 +24,7 @@ from ..processes import end
 from .contract import COMMAND_TIMEOUT_S, PORT_FREE_S, Arguments, port_freed, port_of, rooted, taken
 
 DROP_IN: Final = "60-stepguard-arguments.conf"
+ARGUMENTS: Final = "stepguard-arguments"
 
 
 class SystemdBackend:
@@ -32,18 +34,21 @@ class SystemdBackend:
     Args:
         settings: the server's table of the config.
         systemctl: the command; by default to the manager that runs the daemon.
-        drop_ins: where that manager looks for drop-ins that a reboot may forget.
+        runtime: the manager's folder for what a reboot may forget, `%t` of its units.
 
     """
 
     def __init__(
-        self, settings: ServerSettings, systemctl: Sequence[str] = (), drop_ins: Path | None = None
+        self, settings: ServerSettings, systemctl: Sequence[str] = (), runtime: Path | None = None
     ) -> None:
         assert settings.unit is not None
         self._unit = settings.unit
         self._port = port_of(settings.url)
         self._systemctl = tuple(systemctl) or programs.systemctl()
-        self._drop_in = (drop_ins or _drop_ins()) / f"{self._unit}.d" / DROP_IN
+        runtime = runtime or _runtime()
+        self._drop_in = runtime / "systemd" / _manager() / f"{self._unit}.d" / DROP_IN
+        instance = self._unit.partition("@")[2].removesuffix(".service")
+        self._file = runtime / ARGUMENTS / instance if instance else None
         self._known: tuple[Proc, ...] = ()
 
     @property
@@ -92,26 +97,23 @@ class SystemdBackend:
         return Outcome(ok=True, detail=f"systemctl stop {self._unit}")
 
     async def _set_arguments(self, arguments: Arguments) -> str:
-        """Write the drop-in, or take it away; returns why that could not be done, "" when it was."""
+        """Leave them where the unit finds them; returns why that could not be done, "" when it was."""
+        added = " ".join(f"{flag} {value}" for flag, value in arguments.items())
+        if not added and not self._drop_in.exists() and not (self._file and self._file.exists()):
+            return ""
+        shown = await programs.ask(*self._systemctl, "cat", self._unit, timeout_s=COMMAND_TIMEOUT_S)
+        line = _exec_start(shown.out)
+        if line is None:
+            return shown.trouble or f"{self._unit} has no ExecStart of one command"
+        reads = self._file is not None and f"%t/{ARGUMENTS}/%i" in line
+        text = f"[Service]\nExecStart=\nExecStart={line} {added}\n"
         try:
-            if not arguments:
-                if not self._drop_in.exists():
-                    return ""
-                self._drop_in.unlink()
-            else:
-                shown = await programs.ask(*self._systemctl, "cat", self._unit, timeout_s=COMMAND_TIMEOUT_S)
-                line = _exec_start(shown.out)
-                if line is None:
-                    return shown.trouble or f"{self._unit} has no ExecStart of one command"
-                added = " ".join(f"{flag} {value}" for flag, value in arguments.items())
-                text = f"[Service]\nExecStart=\nExecStart={line} {added}\n"
-                with suppress(FileNotFoundError):
-                    if self._drop_in.read_text() == text:
-                        return ""
-                self._drop_in.parent.mkdir(parents=True, exist_ok=True)
-                self._drop_in.write_text(text)
+            if self._file is not None:
+                _written(self._file, f"{added}\n" if reads and added else "")
+            if not _written(self._drop_in, "" if reads or not added else text):
+                return ""
         except OSError as error:
-            return f"cannot write {self._drop_in}: {error.strerror}"
+            return f"cannot write {error.filename}: {error.strerror}"
         command = (*self._systemctl, "--no-ask-password", "daemon-reload")
         return (await programs.ask(*command, timeout_s=COMMAND_TIMEOUT_S)).trouble
 
@@ -144,7 +146,24 @@ def _exec_start(units: str) -> str | None:
     return lines[0] if len(lines) == 1 else None
 
 
-def _drop_ins() -> Path:
-    if os.environ.get(programs.MANAGER) == "user":
-        return Path(os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{os.getuid()}")) / "systemd" / "user"
-    return Path("/run/systemd/system")
+def _written(path: Path, text: str) -> bool:
+    """See that a file says this, or is not there for ""; whether that changed anything. Raises OSError."""
+    before = path.read_text() if path.exists() else ""
+    if before == text:
+        return False
+    if not text:
+        path.unlink()
+        return True
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return True
+
+
+def _manager() -> str:
+    return "user" if os.environ.get(programs.MANAGER) == "user" else "system"
+
+
+def _runtime() -> Path:
+    if _manager() == "user":
+        return Path(os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{os.getuid()}"))
+    return Path("/run")
