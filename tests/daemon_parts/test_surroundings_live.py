@@ -37,7 +37,7 @@ from stepguardd.core.state import Mode, Server, Settings, State, initial
 from stepguardd.sources.gpu import GpuSense
 from stepguardd.sources.kmsg import KernelLog, KernelLogError, KernelMessage, open_kernel_log
 from stepguardd.sources.nvml import Gpu, GpuError, GpuLook, GpuProcess, Xid
-from stepguardd.surroundings import GpuTroubles, Owners, Surroundings
+from stepguardd.surroundings import ABSENT_MAX_S, FollowedLog, GpuTroubles, Owners, Surroundings
 
 pytestmark = pytest.mark.e2e
 
@@ -141,6 +141,23 @@ class Run:
             return seen
 
         return asyncio.run(live())
+
+
+def test_a_log_that_is_not_there_is_looked_for_ever_more_rarely_and_then_read_from_its_start(
+    tmp_path: Path,
+) -> None:
+    followed = FollowedLog("left", tmp_path / "left.log")
+    looks: list[float] = []
+    for now in (half_second / 2 for half_second in range(120)):
+        if now >= followed.due:
+            looks.append(now)
+            assert followed.poll(None, now).matches == ()
+    assert looks == [0.0, 0.5, 1.5, 3.5, *(7.5 + n * ABSENT_MAX_S for n in range(14))]
+    (tmp_path / "left.log").write_text(CRASH)
+    (match,) = followed.poll(None, 60.0).matches
+    assert match.sign is Sign.SCHEDULER_CRASHED
+    assert followed.due == 60.0
+    followed.close()
 
 
 def test_lines_of_both_logs_are_told_with_whose_they_are(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ log = logging.getLogger("stepguardd")
 
 INTERVAL_S: Final = 0.5
 SLOW_INTERVAL_S: Final = 2.5
+ABSENT_MAX_S: Final = 4.0
 RETRY_S: Final = 60.0
 DEAD_KNOWN_FOR_S: Final = 60.0
 """So long after it was last in a tree a pid still tells whose it was; later it may be another process."""
@@ -101,9 +102,9 @@ class Surroundings:
         self._emit = emit
         self.unseen: dict[str, str] = {}
         """What is unknown, each with its cause in one line."""
-        self._logs = [_Log(server.name, config.server_log(server)) for server in config.servers]
+        self._logs = [FollowedLog(server.name, config.server_log(server)) for server in config.servers]
         if config.trainer.log is not None or config.trainer.backend == "process":
-            self._logs.append(_Log(None, config.trainer_log()))
+            self._logs.append(FollowedLog(None, config.trainer_log()))
         self._owners = Owners()
         self._files = files
         self._kills = _Kills(self._owners, kernel_log or files.kernel_log, self._known, files.proc)
@@ -112,14 +113,14 @@ class Surroundings:
         self._gpus: tuple[Gpu, ...] | None = None
         self._short = False
         self._looking = asyncio.Lock()
-        self._reading: asyncio.Future[list[tuple[_Log, _Piece]]] | None = None
+        self._reading: asyncio.Future[list[tuple[FollowedLog, _Piece]]] | None = None
 
     async def watch(self) -> None:
         """Look at an interval. Ends by cancellation, and leaves nothing open."""
         slow_due = 0.0
         try:
             while True:
-                await self.look()
+                await self.look(absent_too=False)
                 now = clock.monotonic()
                 if now >= slow_due:
                     slow_due = now + SLOW_INTERVAL_S
@@ -141,16 +142,25 @@ class Surroundings:
         if kill is not None:
             self._emit(kill)
 
-    async def look(self) -> None:
-        """Read the logs and count the kernel's kills now; one look at a time."""
+    async def look(self, *, absent_too: bool = True) -> None:
+        """
+        Read the logs and count the kernel's kills now; one look at a time.
+
+        Args:
+            absent_too: look for each log that was not there a moment ago, also where that is not due.
+
+        """
         async with self._looking:
-            if self._reading is None:  # else somebody gave up on it: what it read is still to be told
+            now = clock.monotonic()
+            logs = [followed for followed in self._logs if absent_too or now >= followed.due]
+            if self._reading is None and logs:  # else somebody gave up on it: that is told first
                 stood = {known.server: known.position for known in self._state().surroundings.log_positions}
-                self._reading = asyncio.ensure_future(asyncio.to_thread(self._read_logs, stood))
-            read = await asyncio.shield(self._reading)
-            self._reading = None
-            for followed, piece in read:
-                self._tell_lines(followed, piece)
+                self._reading = asyncio.ensure_future(asyncio.to_thread(_read, logs, stood, now))
+            if self._reading is not None:
+                read = await asyncio.shield(self._reading)
+                self._reading = None
+                for followed, piece in read:
+                    self._tell_lines(followed, piece)
             self._owners.look(self._state(), clock.monotonic())
             self.count_kills()
 
@@ -164,10 +174,7 @@ class Surroundings:
         gpus = None if self._gpus is None else [_gpu_dict(gpu) for gpu in self._gpus]
         return {"gpus": gpus, "host": _host(self._kills.seen, self._files.proc), "unseen": dict(self.unseen)}
 
-    def _read_logs(self, stood: "Mapping[str | None, str]") -> "list[tuple[_Log, _Piece]]":
-        return [(followed, followed.poll(stood.get(followed.server))) for followed in self._logs]
-
-    def _tell_lines(self, followed: "_Log", piece: "_Piece") -> None:
+    def _tell_lines(self, followed: "FollowedLog", piece: "_Piece") -> None:
         """The position goes with the last line of the piece: a crash in between reads the piece again."""
         self._known(f"log of {followed.server or 'the trainer'}", followed.cause)
         role = Role.TRAINER if followed.server is None else Role.SERVER
@@ -225,28 +232,39 @@ class _Piece:
     position: str | None = None
 
 
-class _Log:
+class FollowedLog:
     """
     One log that is followed; None is the trainer's.
 
     From where an earlier daemon stood, else from its end: what it said before anybody watched is history.
+    One that is not there is looked for ever more rarely: it is read from its start whenever it comes.
     """
 
     def __init__(self, server: str | None, path: Path) -> None:
         self.server = server
         self.cause: str | None = None
+        self.due = 0.0
+        self._absent_s = 0.0
         self._path = path
         self._follower: LogFollower | None = None
         self._kept: tuple[object, int] | None = None
 
-    def poll(self, stood: str | None) -> _Piece:
+    def poll(self, stood: str | None, now: float) -> _Piece:
         """
         What it says that means something; nothing while it cannot be read.
 
         Args:
             stood: the position that is kept, of this daemon or an earlier one.
+            now: the time of the look.
 
         """
+        piece = self._read(stood)
+        absent = self._follower is None or self._follower.absent
+        self._absent_s = min(max(2.0 * self._absent_s, INTERVAL_S), ABSENT_MAX_S) if absent else 0.0
+        self.due = now + self._absent_s
+        return piece
+
+    def _read(self, stood: str | None) -> _Piece:
         try:
             if self._follower is None:
                 self._open(stood)
@@ -277,6 +295,12 @@ class _Log:
             return None
         self._kept = (inode, offset)
         return json.dumps({"path": str(self._path), **position})
+
+
+def _read(
+    logs: list[FollowedLog], stood: Mapping[str | None, str], now: float
+) -> list[tuple[FollowedLog, _Piece]]:
+    return [(followed, followed.poll(stood.get(followed.server), now)) for followed in logs]
 
 
 def _position(stood: str, path: Path) -> Mapping[str, object] | None:

@@ -44,6 +44,11 @@ class Lines:
         return {"inode": self._inode, "offset": self._offset, "mark": self._mark.hex()}
 
     @property
+    def absent(self) -> bool:
+        """Whether the last look found no file, or there was none yet."""
+        return self._fd < 0
+
+    @property
     def fresh(self) -> bool:
         """Whether the next line to come is the first of its file."""
         return self._offset == 0

@@ -84,6 +84,11 @@ class LogFollower:
         return {**self._lines.position, "stage": self._stage.value}
 
     @property
+    def absent(self) -> bool:
+        """Whether the last poll found no file."""
+        return self._lines.absent
+
+    @property
     def caught_up(self) -> bool:
         """Whether the last poll met the end of what there is for now."""
         return self._lines.caught_up
