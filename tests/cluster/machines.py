@@ -211,11 +211,32 @@ class Machines(OwnDaemons):
         gate = self.status().get("gate", {})
         return gate.get("order", ""), gate.get("generation", -1), gate.get("reason", "")
 
+    def thaw(self) -> None:
+        """Let everything run on that a test froze."""
+        for name in self._frozen:
+            self.agents[name].send_signal(signal.SIGCONT)
+
+    def end_agents(self) -> None:
+        for agent in self.agents.values():
+            if agent.poll() is None:
+                agent.terminate()
+                try:
+                    agent.wait(timeout=15)
+                except subprocess.TimeoutExpired:
+                    agent.kill()
+                    agent.wait(timeout=10)
+
+    def kill_agent(self, name: str) -> None:
+        """End the agent, and for good."""
+        agent = self.agents[name]
+        if agent.poll() is None:
+            os.kill(agent.pid, signal.SIGKILL)
+            agent.wait(timeout=10)
+
     def close(self) -> None:
         for stepper in self.steppers.values():
             stepper.stopping.set()
-        for name in self._frozen:
-            self.agents[name].send_signal(signal.SIGCONT)
+        self.thaw()
         # Held guards are let go by taking their page away, and with it the order.
         for name, stepper in self.steppers.items():
             if stepper.is_alive():
@@ -226,14 +247,7 @@ class Machines(OwnDaemons):
                 ):
                     self._let_go(name, mapped)
                 stepper.join(timeout=20)
-        for agent in self.agents.values():
-            if agent.poll() is None:
-                agent.terminate()
-                try:
-                    agent.wait(timeout=15)
-                except subprocess.TimeoutExpired:
-                    agent.kill()
-                    agent.wait(timeout=10)
+        self.end_agents()
         super().close()
         alive = [stepper.name for stepper in self.steppers.values() if stepper.is_alive()]
         assert not alive, f"{alive} hang"
@@ -243,10 +257,7 @@ class Machines(OwnDaemons):
 
     def _let_go(self, name: str, page: GatePage) -> None:
         """End the agent, which writes the page, and tell the guard to stop."""
-        agent = self.agents[name]
-        if agent.poll() is None:
-            os.kill(agent.pid, signal.SIGKILL)
-            agent.wait(timeout=10)
+        self.kill_agent(name)
         found = page.daemon()
         generation = 0 if found is None else found.generation
         page.publish(

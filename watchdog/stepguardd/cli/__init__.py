@@ -24,6 +24,7 @@ COMMANDS = {
     "exec": "Run a command with the daemon beside it.",
     "wait": "Block until servers and GPUs are ready.",
     "agent": "Serve another machine of a run; its head decides.",
+    "cluster": "Place an agent on every machine of a Ray cluster.",
     "status": "How the run is, and what to do.",
     "pause": "Hold the run before its next optimizer step.",
     "resume": "Let a held run go on.",

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import socket
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,9 @@ def agent(
     node: Annotated[
         str | None, typer.Option("--node", help="Its name in cluster.nodes. By default the host's.")
     ] = None,
+    while_stdin: Annotated[
+        bool, typer.Option("--while-stdin", help="Serve only as long as stdin, a pipe, is open.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object once it is ready.")] = False,
 ) -> None:
     """
@@ -49,7 +53,7 @@ def agent(
 
     urgent()
     try:
-        asyncio.run(one.run(ready=ready))
+        asyncio.run(one.run(ready=ready, alive=sys.stdin.buffer if while_stdin else None))
     except AgentError as error:
         fail(str(error))
 

@@ -71,6 +71,7 @@ class Agent:
         self._head, self._node, self._run_dir, self._token = head, node, run_dir, token
         self._life = secrets.token_hex(8)
         self._stop = asyncio.Event()
+        self._for_good = True
         self._joined = asyncio.Event()
         self._wire: Wire | None = None
         self._lock: IO[str] | None = None
@@ -89,8 +90,16 @@ class Agent:
         self._state: State = initial(core_settings(config), Mode.HOLD, ())
         self._surroundings = Surroundings(config, lambda: self._state, self._sensed)
 
-    async def run(self, *, ready: Callable[[], None] = lambda: None) -> None:
-        """Serve this machine until SIGTERM or Ctrl-C. `ready` is called once the head has taken it in."""
+    async def run(self, *, ready: Callable[[], None] = lambda: None, alive: IO[bytes] | None = None) -> None:
+        """
+        Serve this machine until SIGTERM or Ctrl-C.
+
+        Args:
+            ready: called once the head has taken this machine in.
+            alive: a pipe that whoever started the agent holds open as long as it lives. The agent goes when
+                it closes, and the head is not told of a farewell: another one may be on its way.
+
+        """
         self._open()
         loop = asyncio.get_running_loop()
         for what in (signal.SIGTERM, signal.SIGINT):
@@ -103,10 +112,12 @@ class Agent:
                     self._keep_looking(),
                     self._surroundings.watch(),
                     self._once_joined(ready),
+                    self._as_long_as(alive),
                 )
                 running = [group.create_task(one) for one in work]
                 await self._stop.wait()
-                self._send({"kind": "bye"})
+                if self._for_good:
+                    self._send({"kind": "bye"})
                 for task in running:
                     task.cancel()
         finally:
@@ -210,6 +221,18 @@ class Agent:
     async def _once_joined(self, ready: Callable[[], None]) -> None:
         await self._joined.wait()
         ready()
+
+    async def _as_long_as(self, alive: IO[bytes] | None) -> None:
+        if alive is None:
+            return
+        reader = asyncio.StreamReader()
+        loop = asyncio.get_running_loop()
+        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), alive)
+        while await reader.read(4096):
+            pass
+        log.warning("whoever started this agent is gone, and it goes too")
+        self._for_good = False
+        self._stop.set()
 
     # ---- what the head says --------------------------------------------------------------------------
 
