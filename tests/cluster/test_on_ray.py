@@ -46,6 +46,7 @@ class OnRay(Machines):
         from ray.cluster_utils import Cluster
 
         super().__init__(root)
+        self.daemon()  # it comes up beside the cluster
         self.stopped: list[int] = []
         self.placed = False
         self.ray = Cluster(
@@ -159,7 +160,7 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnRay]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("OMP_NUM_THREADS", "1")
         with contextlib.closing(OnRay(tmp_path_factory.mktemp("on-ray") / "r")) as run:
-            run.head_up()
+            run.until(run.status, "the head is up")
             run.up()
             for stepper in run.steppers.values():
                 stepper.start()
