@@ -90,9 +90,7 @@ def meant(nodes: Iterable[str], machines: Sequence[Machine]) -> dict[str, Machin
         if len(ours) == 1:
             found[node] = ours[0]
         elif ours:
-            found[node] = (
-                f"Ray has {len(ours)} machines of that name; start each with ray start --node-name"
-            )
+            found[node] = f"Ray has {len(ours)} machines of that name; start each with ray start --node-name"
         else:
             known = ", ".join(sorted({machine.name for machine in machines})) or "none"
             found[node] = f"Ray has no such machine alive; it has {known}"
@@ -206,9 +204,7 @@ class Placement:
             address = None if isinstance(machine, str) else machine.address
             keeper = self._found(node)
             if keeper is None:
-                why = (
-                    machine if isinstance(machine, str) else "no agent was placed: stepguard cluster up"
-                )
+                why = machine if isinstance(machine, str) else "no agent was placed: stepguard cluster up"
                 kept.append(Kept(node=node, address=address, why=why))
             elif isinstance(machine, str):
                 kept.append(Kept(node=node, address=None, why=machine))
