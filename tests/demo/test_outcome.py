@@ -1,9 +1,11 @@
 """The figures of a run are counted from its ground truth, whatever became of the run."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from stepguard_grpo.ground_truth import TruthRecord
-from stepguardd.demo.outcome import figures
+from stepguardd.demo.faults import Fault
+from stepguardd.demo.outcome import STOOD_STILL, ending, figures, report
 
 
 def record(step: int, time: float, *, attempt: int = 0, failed: int = 0) -> TruthRecord:
@@ -46,3 +48,17 @@ def test_steps_taken_again_after_a_relaunch_are_lost_time() -> None:
 def test_a_fault_after_the_last_step_cost_nothing_that_can_be_seen() -> None:
     """No step followed: nothing to count."""
     assert lost_s([record(step, float(step)) for step in range(1, 5)], 4) == 0.0
+
+
+def test_a_run_that_stood_still_or_died_is_not_compared_as_if_it_had_trained() -> None:
+    """It was good until the fault, and then there was no run any more: no final reward, no time lost."""
+    records = [record(step, float(step)) for step in range(1, 13)]
+    whole = figures(records, incidents=(), struck_at=4.0, fault_step=4, died=None)
+    still = figures(records, incidents=(), struck_at=4.0, fault_step=4, died=f"{STOOD_STILL}, for ever")
+    died = figures(records, incidents=(), struck_at=4.0, fault_step=4, died="exit code 1")
+    assert (whole.final_reward, ending(whole)) == (0.8, "by itself")
+    assert (still.final_reward, still.lost_s, ending(still)) == (None, None, "stood still after 12 steps")
+    assert (died.final_reward, died.lost_s, ending(died)) == (None, None, "died after 12 steps")
+    said: dict[str, Any] = report(Fault.ACTOR, 4, whole, still)
+    assert "died" not in said["guarded"]
+    assert said["unguarded"]["died"].startswith("it stands still")

@@ -40,7 +40,7 @@ from .faults import (
     pause_generation,
     strike,
 )
-from .outcome import Figures, figures
+from .outcome import STOOD_STILL, Figures, figures
 from .servers import ServerKind, ServerMissingError, ServerProgram, server_program
 from .shortage import Shortage, shortage
 from .supervisor import Supervisor
@@ -495,7 +495,7 @@ class Arena:
         if self._trainer is None:
             return None if self._finished() else f"see {self.root / 'trainer.log'}"
         if self._stood_still:
-            return "it stands still, and would for ever: the demo ended it"
+            return f"{STOOD_STILL}, and would for ever: the demo ended it"
         code = self._trainer.poll()
         if code in {None, 0}:
             return None

@@ -4,10 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from statistics import median
+from typing import Final
 
 from stepguard_grpo.ground_truth import TruthRecord, summarise
 
 from .faults import Fault, Scenario
+
+STOOD_STILL: Final = "it stands still"
+"""How `Figures.died` begins where a run hung: its figures end there, and it never would have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +22,8 @@ class Figures:
     Args:
         steps: optimizer steps committed.
         garbage_steps: those with a failed or stale reward in the loss.
-        final_reward: mean of the last ten steps; None when no step was committed.
+        final_reward: mean of the last ten steps; None when no step was committed, or the run did not get to
+            its end.
         holds: times that the trainer was held.
         restarts: of the server, by Stepguard.
         rollbacks: by Stepguard.
@@ -44,6 +49,14 @@ class Figures:
     died: str | None = None
 
 
+def ending(run: Figures) -> str:
+    """How a run ended, in as many words as a table has room for."""
+    if run.died is None:
+        return "by itself"
+    how = "stood still" if run.died.startswith(STOOD_STILL) else "died"
+    return f"{how} after {run.steps} steps"
+
+
 def figures(
     records: Sequence[TruthRecord],
     *,
@@ -64,13 +77,14 @@ def figures(
 
     """
     summary = summarise(records)
+    final_reward = None if died is not None else summary.final_reward
     first = incidents[0] if incidents else None
     opened = _number(first, "opened_at")
     resumed = _number(first, "resumed_at")
     return Figures(
         steps=summary.steps,
         garbage_steps=summary.garbage_steps,
-        final_reward=None if summary.final_reward is None else round(summary.final_reward, 4),
+        final_reward=None if final_reward is None else round(final_reward, 4),
         holds=len(incidents),
         restarts=sum(_count(incident, "restarts") for incident in incidents),
         rollbacks=sum(_count(incident, "rollbacks") for incident in incidents),

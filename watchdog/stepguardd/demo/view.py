@@ -26,7 +26,7 @@ from stepguard_grpo.ground_truth import TruthRecord
 from ..cli.output import say
 from .conduct import Plan, Progress
 from .faults import Scenario
-from .outcome import Figures, as_expected
+from .outcome import Figures, as_expected, ending
 
 WIDTH: Final = 80
 CHART_COLUMNS: Final = 66
@@ -274,7 +274,7 @@ def _outcome(scenario: Scenario, guarded: Figures, unguarded: Figures | None) ->
         cells = [_form(form, getattr(run, name)) for run in (guarded, unguarded) if run is not None]
         table.add_row(label, *cells)
     if unguarded is not None and unguarded.died is not None:
-        table.add_row("ended", "by itself", Text("died", "bold red"))
+        table.add_row("ended", ending(guarded), Text(ending(unguarded), "bold red"))
     wrong = as_expected(scenario, guarded)
     verdict = (
         Text(f"as expected: {scenario.expected}", "bold green")
