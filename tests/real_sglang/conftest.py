@@ -1,4 +1,4 @@
-"""One real SGLang server for the session's contract tests; where SGLang is not installed, the reason."""
+"""One real SGLang server for the folder's contract tests; where SGLang is not installed, the reason."""
 
 import os
 import signal
@@ -16,6 +16,16 @@ from stepguard_grpo.model import write_base_model
 from stepguardd import proc
 from stepguardd.demo.servers import ServerMissingError, ServerProgram, sglang, sglang_venv
 
+HERE = Path(__file__).parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts servers of its own goes before the one that stays, so that there are never two."""
+    ours = [item for item in items if item.path.parent == HERE]
+    last = {item for item in ours if "server_url" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: item in last)
+
 
 @pytest.fixture(scope="session")
 def program() -> ServerProgram:
@@ -26,7 +36,7 @@ def program() -> ServerProgram:
         require("sglang", str(missing))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server_url(program: ServerProgram, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real server on the demo's base model; its whole tree is gone at the end."""
     folder = tmp_path_factory.mktemp("sglang")

@@ -13,7 +13,7 @@ from requirements import require
 from stepguard_grpo.model import write_base_model
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     reason = why_not()
     if reason is not None:
@@ -25,7 +25,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         yield machine
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def site(machine: Machine) -> Site:
     """A run with a server and no trainer."""
     return Site(machine, "night", port=free_port())

@@ -1,0 +1,1 @@
+"""Tests on a real SGLang. A package, so that its server ends with its last test."""
