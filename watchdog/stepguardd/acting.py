@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from typing import Final
 
 from stepguard.gate import PATH_BYTES_MAX
@@ -28,10 +29,12 @@ from .core.commands import (
     StopServer,
     StopTrainer,
 )
-from .core.events import EffectEnded, Event
+from .core.events import EffectEnded, Event, GpuBaseline
 from .core.state import State
 from .effects import generation
+from .effects.backends.contract import port_of
 from .effects.canary import canary
+from .effects.gpu_memory import Look, Release, baseline, given_back
 from .effects.outcome import Outcome, failed
 from .effects.processes import resume
 from .effects.rollback import prepare
@@ -51,6 +54,10 @@ LOOK_BACK_S: Final = 2.0
 Durable = asyncio.Future[None] | None
 
 
+async def nobody_looks() -> None:
+    """No GPU can be seen."""
+
+
 class Acting:
     """
     The effects under way.
@@ -63,6 +70,7 @@ class Acting:
         trainer: the trainer's parts, once there are any; None where it is somebody else's to start.
         skip: tells the guard which steps' batches to leave out, before a trainer starts.
         look: takes in what logs and kernel say now, so that why a server ended is known before it starts.
+        gpus: looks at the GPUs.
 
     """
 
@@ -76,6 +84,7 @@ class Acting:
         trainer: Callable[[], TrainerProcesses | None] = lambda: None,
         skip: Callable[[tuple[int, ...]], None] = lambda steps: None,
         look: Callable[[], Awaitable[None]] | None = None,
+        gpus: Look = nobody_looks,
     ) -> None:
         self._config = config
         self._watched = watched
@@ -84,6 +93,7 @@ class Acting:
         self._trainer = trainer
         self._skip = skip
         self._look = look
+        self._gpus = gpus
         self._tasks: set[asyncio.Task[None]] = set()
         self.changing_checkpoints = asyncio.Lock()
 
@@ -126,6 +136,8 @@ class Acting:
                 needless=outcome.needless,
                 looks=outcome.looks,
                 kept_arguments=outcome.kept_arguments,
+                gpu_baseline=outcome.gpu_baseline,
+                memory_held=outcome.memory_held,
             )
         )
 
@@ -157,6 +169,28 @@ class Acting:
                 await self._look()
         except TimeoutError:
             log.warning("why %s ended was not read within %g s", server, LOOK_BACK_S)
+
+    async def _stop(self, server: WatchedServer, effect: StopServer) -> Outcome:
+        running = await self._gpus() if _here(server) else None
+        ended = {known.pid for known in effect.procs}
+        if running is not None:
+            ended |= {known.pid for known in await asyncio.to_thread(server.backend.find)}
+        outcome = await server.backend.stop(effect.procs)
+        await self._look_back(server.settings.name)
+        if outcome.ok and running is not None:
+            release = Release(ended, effect.gpu_baseline, running)
+            timeout_s = self._config.recovery.gpu_free_timeout_s
+            outcome = replace(outcome, memory_held=await given_back(release, self._gpus, timeout_s=timeout_s))
+        server.adopt(())
+        return outcome
+
+    async def _before_start(self, server: WatchedServer) -> tuple[GpuBaseline, ...]:
+        """The GPUs without it; unknown where a start of before left it running."""
+        gpus = await self._gpus() if _here(server) else None
+        if gpus is None:
+            return ()
+        found = await asyncio.to_thread(server.backend.find)
+        return () if found else baseline(gpus)
 
     async def _on_trainer(self, effect: StopTrainer | StartTrainer) -> Outcome:
         trainer = self._trainer()
@@ -191,15 +225,13 @@ class Acting:
                 return await resume(effect.procs)
             case StopServer():
                 async with server.changing:
-                    outcome = await server.backend.stop(effect.procs)
-                    await self._look_back(server.settings.name)
-                    server.adopt(())
-                return outcome
+                    return await self._stop(server, effect)
             case StartServer():
                 async with server.changing:
+                    before = await self._before_start(server)
                     outcome = await server.backend.start(effect.intent, dict(effect.arguments))
                     server.adopt(outcome.procs)
-                return outcome
+                return replace(outcome, gpu_baseline=before)
             case RunCanary():
                 outcome = await canary(
                     server.http,
@@ -231,6 +263,11 @@ class Acting:
                     None if other is None else (other.settings.name, other.http),
                     timeout_s=min(recovery.canary_timeout_s, COMPARE_TIMEOUT_S),
                 )
+
+
+def _here(server: WatchedServer) -> bool:
+    """Whether its GPUs can be this machine's."""
+    return port_of(server.settings.url) is not None
 
 
 def _fits(outcome: Outcome) -> Outcome:

@@ -134,6 +134,7 @@ class Daemon:
             trainer=lambda: self._trainer,
             skip=self._write_guard_settings,
             look=self._surroundings.look,
+            gpus=self._surroundings.gpus_now,
         )
         self._keeper = Keeper(
             config.checkpoints, lambda: self.state, self.feed, self._acting.changing_checkpoints

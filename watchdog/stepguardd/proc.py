@@ -91,6 +91,17 @@ def alive(proc: Proc) -> bool:
     return found is not None and found.start_ticks == proc.start_ticks and not found.dead
 
 
+def exists(pid: int) -> bool:
+    """Whether there is such a process, whoever's it is, also where /proc hides those of others."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return pid > 0
+
+
 def unmistaken(proc: Proc) -> bool:
     """
     Whether this pid is still this process's own, living or dead.

@@ -42,6 +42,7 @@ def core_settings(config: Config) -> Settings:
         quorum=recovery.quorum,
         cont_grace_s=recovery.cont_grace_s,
         locked_out_hold_s=recovery.locked_out_hold_s,
+        gpu_free_timeout_s=recovery.gpu_free_timeout_s,
         resync_timeout_s=recovery.resync_timeout_s,
         save_timeout_s=recovery.save_timeout_s,
         start_timeout_s=max((server.start_timeout_s for server in config.servers), default=600.0),

@@ -44,6 +44,7 @@ log = logging.getLogger("stepguardd")
 
 INTERVAL_S: Final = 0.5
 SLOW_INTERVAL_S: Final = 2.5
+FRESH_INTERVAL_S: Final = 0.01
 ABSENT_MAX_S: Final = 4.0
 RETRY_S: Final = 60.0
 DEAD_KNOWN_FOR_S: Final = 60.0
@@ -195,12 +196,27 @@ class Surroundings:
         if not piece.matches and piece.position is not None:
             self._emit(LogRead(server=followed.server, position=piece.position))
 
-    def _look_at_gpus(self, now: float) -> None:
+    async def gpus_now(self, timeout_s: float = 2.0) -> tuple[Gpu, ...] | None:
+        """The GPUs by a look that begins after this call; None where they cannot be seen."""
+        began = clock.monotonic()
+        while "GPUs" not in self.unseen:
+            now = clock.monotonic()
+            asked = self._look_at_gpus(now)
+            if asked is not None and asked >= began:
+                break
+            if now - began > timeout_s:
+                return None
+            await asyncio.sleep(FRESH_INTERVAL_S)
+        return self._gpus
+
+    def _look_at_gpus(self, now: float) -> float | None:
+        """Take in the newest reading; when it was asked for."""
         reading = self._gpu.poll(now)
         self._gpus = reading.gpus
         self._known("GPUs", None if reading.asked is None and reading.gpus is None else reading.cause)
         for trouble in self._gpu_troubles.look(now, reading.gpus, reading.xids):
             self._emit(trouble)
+        return reading.asked
 
     def _look_at_pressure(self) -> None:
         pressure = memory_pressure(proc=self._files.proc)

@@ -557,6 +557,11 @@ class RecoverySettings(Section):
         default=1800,
         description="After this long locked out without an answer the trainer is told to save and stop.",
     )
+    gpu_free_timeout_s: Seconds = Field(
+        default=50,
+        description="After a server was ended, its GPUs' memory may take this long to come back, before it "
+        "is started all the same and a person told; unknown without NVML, and then nothing is waited for.",
+    )
     resync_timeout_s: Seconds = Field(
         default=120, description="The restarted server must have the current weights within this."
     )

@@ -10,7 +10,7 @@ intent may be carried out again after a crash of the daemon.
 from dataclasses import dataclass
 
 from .alerts.facts import About
-from .events import Proc
+from .events import GpuBaseline, Proc
 from .state import Gate
 
 
@@ -44,11 +44,12 @@ class ContinueServer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopServer:
-    """End a server's whole tree, TERM then KILL, and see its port free."""
+    """End a server's whole tree, TERM then KILL, and see its port free and its GPU memory given back."""
 
     intent: str
     server: str
     procs: tuple[Proc, ...]
+    gpu_baseline: tuple[GpuBaseline, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,6 +34,14 @@ class Proc:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GpuBaseline:
+    """What of a GPU's memory no living process accounted for, before a server was started."""
+
+    gpu: int
+    unclaimed_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DaemonStarted:
     """The daemon came up, with a fresh state or its journal's. `gate_order` is what the page says."""
 
@@ -329,6 +337,10 @@ class EffectEnded:
     """Why a server was started with its old arguments, though others were asked for."""
     looks: tuple[WeightsLook, ...] = ()
     """What a look at weights showed: of the server, then of the other one."""
+    gpu_baseline: tuple[GpuBaseline, ...] = ()
+    """The GPUs before this start; empty where they are unknown."""
+    memory_held: str | None = None
+    """What GPU memory a stop did not give back in time, in words; None also where that is unknown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

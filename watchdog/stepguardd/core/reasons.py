@@ -109,6 +109,8 @@ class Reason(StrEnum):
     """A GPU's memory grows steadily and will be full soon."""
     GPU_ORPHAN = "gpu_orphan"
     """A process of a server that is gone still holds GPU memory."""
+    GPU_HELD = "gpu_held"
+    """After a server was ended, its GPUs' memory did not come back to what it was before its start."""
     LOG_TROUBLE = "log_trouble"
     """A log tells of trouble outside of the servers: NCCL, Ray, a full disk, an Xid."""
 

@@ -95,7 +95,11 @@ def restart(turn: Turn, server: Server, reason: Reason) -> None:
     turn.count("restarts")
     turn.note("action", reason, f"restarting {server.name}: {reason.value}")
     assert repair.intent is not None
-    turn.commands.append(StopServer(intent=repair.intent, server=server.name, procs=server.procs))
+    turn.commands.append(
+        StopServer(
+            intent=repair.intent, server=server.name, procs=server.procs, gpu_baseline=server.gpu_baseline
+        )
+    )
 
 
 def _rebuild(turn: Turn, server: Server, reason: Reason) -> None:
@@ -215,7 +219,7 @@ def ticked(turn: Turn, server: Server) -> None:
         case Stage.WATCH:
             _watch(turn, server, repair)
         case Stage.STOP:
-            if waited_s > 4 * settings.stop_timeout_s:
+            if waited_s > 4 * settings.stop_timeout_s + settings.gpu_free_timeout_s:
                 give_up(turn, server, Reason.STOP_FAILED)
         case Stage.BACKOFF:
             if waited_s >= _wait_s(turn, server):
@@ -352,6 +356,8 @@ def _stop_ended(turn: Turn, server: Server, repair: Repair, event: EffectEnded) 
         turn.note("call", Reason.STOP_FAILED, f"{server.name} would not end: {event.detail}")
         give_up(turn, server, Reason.STOP_FAILED)
         return
+    if event.memory_held is not None:
+        turn.note("call", Reason.GPU_HELD, f"{server.name} starts although {event.memory_held}")
     server = replace(
         server,
         procs=(),
@@ -384,7 +390,7 @@ def _start_ended(turn: Turn, server: Server, repair: Repair, event: EffectEnded)
     if event.kept_arguments is not None:
         turn.note("call", repair.cause, f"{server.name} runs with its old arguments: {event.kept_arguments}")
     repair = replace(repair, stage=Stage.READY, since=turn.now, intent=None, unseen=not event.procs)
-    server = replace(server, procs=event.procs, repair=repair)
+    server = replace(server, procs=event.procs, gpu_baseline=event.gpu_baseline, repair=repair)
     turn.put(server.move(ServerState.STARTING, turn.now, repair.cause))
 
 

@@ -12,7 +12,7 @@ from enum import Enum
 
 from .breaker import Phase
 from .budget import Budget
-from .events import Answer, GpuTroubled, LogSeen, OomSeen, Proc
+from .events import Answer, GpuBaseline, GpuTroubled, LogSeen, OomSeen, Proc
 from .invariants import require
 from .ledger import LedgerRow
 from .memory import Climb, Ladder, Short, Sizes
@@ -137,6 +137,7 @@ class Settings:
     save_timeout_s: float = 600.0
     start_timeout_s: float = 600.0
     stop_timeout_s: float = 20.0
+    gpu_free_timeout_s: float = 50.0
     push_weights: bool = False
     weights_fixed: bool = False
     proven_after_steps: int = 5
@@ -225,6 +226,7 @@ class Server:
     `doubted` and `health_due` say what is to be asked now: the scheduler, or for a token.
     `health_at`: when it was last asked for a token. `planned_until`: the end of an announced silence.
     `owes_proof`: it was repaired where nothing may be sent to it, and is proven when that ends.
+    `gpu_baseline`: the GPUs before it was started; what they come back to once it is ended.
     """
 
     name: str
@@ -234,6 +236,7 @@ class Server:
     since: float = 0.0
     reason: Reason | None = None
     procs: tuple[Proc, ...] = ()
+    gpu_baseline: tuple[GpuBaseline, ...] = ()
     weight_version: str | None = None
     repair: Repair | None = None
     budget: Budget = field(default_factory=Budget)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..core.events import Proc, WeightsLook
+from ..core.events import GpuBaseline, Proc, WeightsLook
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +18,8 @@ class Outcome:
     kept_arguments: str | None = None
     """Why a server was started with its old arguments, though others were asked for."""
     looks: tuple[WeightsLook, ...] = ()
+    gpu_baseline: tuple[GpuBaseline, ...] = ()
+    memory_held: str | None = None
 
 
 def failed(detail: str) -> Outcome:
