@@ -1,10 +1,11 @@
-"""What holds for all tests: in which company they run, two at a time, and how Ctrl-C arrives."""
+"""What holds for all tests: in which company they run, two at a time, how Ctrl-C arrives, and a Ray cluster."""
 
 from __future__ import annotations
 
 import json
 import signal
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,3 +102,26 @@ def _rank(item: pytest.Item, group: str) -> int:
         return ONE_AT_A_TIME.index(group)
     e2e = item.get_closest_marker("e2e") is not None
     return len(ONE_AT_A_TIME) + (0 if e2e else 1)
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[str]:
+    """The address of a Ray cluster of the tests' own, to which they are connected."""
+    ray = pytest.importorskip("ray")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("PYTHONPATH", str(HERE))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        ray.init(
+            address="local",
+            num_cpus=2,
+            object_store_memory=80 << 20,
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+        )
+        try:
+            yield ray.get_runtime_context().gcs_address
+        finally:
+            ray.shutdown()

@@ -2,9 +2,8 @@
 What every back-end promises, put to each of them by the same tests.
 
 The programs that own servers elsewhere are small real ones, written here and run as real processes: a
-`systemctl`, a `docker` that talks as docker 28 does, a module `ray`, an HTTP hook. What they own is a real
-process that listens on a port. Where a real one is at hand it has tests of its own: tests/real_systemd, and
-the actor at the end of this file.
+`systemctl`, a `docker` that talks as docker 28 does, an HTTP hook; Ray is a real cluster. What they own is a
+real process that listens on a port. The real systemd has tests of its own: tests/real_systemd.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from typing import Any
 import pytest
 
 from daemon_parts.conftest import until
+from daemon_parts.ray_engine import Engine
 from grpo.server_process import free_port
 from stepguardd import proc
 from stepguardd.config import LaunchSettings, ServerSettings
@@ -115,23 +115,6 @@ else:
     sys.exit("unknown command")
 """
 
-RAY = """
-import json, os, signal
-def init(address, namespace, log_to_driver, configure_logging):
-    if address != "{folder}":
-        raise ConnectionError("Could not find any running Ray instance")
-    assert namespace == "runs"
-def get_actor(name):
-    try:
-        return json.load(open("{folder}/actors"))[name]
-    except (FileNotFoundError, KeyError):
-        raise ValueError("Failed to look up actor") from None
-def kill(pid, no_restart):
-    assert no_restart is False
-    os.remove("{folder}/actors")
-    os.kill(pid, signal.SIGKILL)
-"""
-
 
 class Rig:
     """
@@ -171,7 +154,6 @@ class Rig:
     def appears(self) -> None:
         """Somebody makes the server."""
         child = subprocess.Popen(self.command, start_new_session=True)
-        (self.folder / "actors").write_text(json.dumps({"engine": child.pid}))
         threading.Thread(target=child.wait, daemon=True).start()
 
     def starts(self) -> list[dict[str, Any]]:
@@ -265,16 +247,26 @@ class NamedContainerRig(DockerRig):
 
 
 class RayRig(Rig):
-    makes = changes = False
+    """A trainer's actor on a real cluster, whose server is a child of its worker, as slime's is."""
 
-    def build(self) -> None:
-        (self.folder / "ray.py").write_text(RAY.format(folder=self.folder))
+    makes = changes = False
+    address = ""
+    engine: Engine | None = None
 
     def backend(self) -> Backend:
         given = self.settings(
-            backend="ray", actor="engine", ray_address=str(self.folder), ray_namespace="runs"
+            backend="ray", actor=self.folder.name, ray_address=self.address, ray_namespace="runs"
         )
         return RayBackend(given)
+
+    def appears(self, **options: Any) -> None:
+        """The trainer holds on to the handle until it has another, as trainers do."""
+        self.engine = Engine(self.folder.name, self.command, **options)
+
+    def close(self) -> None:
+        if self.engine is not None:
+            self.engine.end()
+        super().close()
 
 
 class HookRig(Rig):
@@ -304,12 +296,21 @@ class HookRig(Rig):
         return HookBackend(self.settings(backend="http", hook=f"{self.url}{path}"))
 
 
-RIGS = [ProcessRig, SystemdRig, InstanceRig, DockerRig, NamedContainerRig, RayRig, HookRig]
+RIGS = [
+    ProcessRig,
+    SystemdRig,
+    InstanceRig,
+    DockerRig,
+    NamedContainerRig,
+    pytest.param(RayRig, marks=pytest.mark.xdist_group("ray")),
+    HookRig,
+]
 
 
 @pytest.fixture(params=RIGS, ids=lambda rig: rig.__name__.removesuffix("Rig").lower())
-def rig(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rig]:
+    if request.param is RayRig:
+        RayRig.address = request.getfixturevalue("ray_cluster")
     made: Rig = request.param(tmp_path)
     yield made
     made.close()
@@ -415,13 +416,52 @@ def test_a_hook_that_refuses_is_named_without_its_token(tmp_path: Path) -> None:
     assert (outcome.ok, outcome.detail) == (False, "servers.hook: stop of server: ClientConnectorError")
 
 
-def test_a_cluster_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+def test_a_cluster_that_is_not_there_is_named_at_once(tmp_path: Path) -> None:
     rig = RayRig(tmp_path)
-    given = rig.settings(backend="ray", actor="engine", ray_address="10.0.0.9:6379", ray_namespace="runs")
-    outcome = asyncio.run(RayBackend(given).stop(()))
+    rig.address = f"127.0.0.1:{free_port()}"
+    outcome = asyncio.run(rig.backend().stop(()))
     assert not outcome.ok
-    assert outcome.detail.startswith("ray kill engine: no Ray cluster at 10.0.0.9:6379")
+    assert outcome.detail.startswith(f"ray kill {tmp_path.name}: no Ray cluster at {rig.address}: ")
+
+
+@pytest.mark.xdist_group("ray")
+def test_an_actor_in_another_namespace_is_left_alone_and_its_namespace_named(
+    tmp_path: Path, ray_cluster: str
+) -> None:
+    rig = RayRig(tmp_path)
+    rig.address = ray_cluster
+    try:
+        rig.appears(namespace="elsewhere")
+        outcome = asyncio.run(rig.backend().stop(()))
+        expected = f"the actor {tmp_path.name} is in the namespace elsewhere: set ray_namespace, now 'runs'"
+        assert (outcome.ok, outcome.detail) == (False, f"ray kill {tmp_path.name}: {expected}")
+        assert proc.port_taken(rig.port)
+    finally:
+        rig.close()
+
+
+@pytest.mark.xdist_group("ray")
+def test_a_stopped_actor_that_ray_starts_again_is_ended_and_its_successor_left_alone(
+    tmp_path: Path, ray_cluster: str
+) -> None:
+    """Ray's kill does not reach a stopped worker, and a stopped server outlives its worker."""
+    rig = RayRig(tmp_path)
+    rig.address = ray_cluster
+    try:
+        rig.appears(max_restarts=1)
+        assert rig.engine is not None
+        until(lambda: proc.port_taken(rig.port), "it listens")
+        backend = rig.backend()
+        found = backend.find()
+        for pid in (rig.engine.worker, found[0].pid):
+            os.kill(pid, signal.SIGSTOP)
+        outcome = asyncio.run(backend.stop(found))
+        assert outcome.ok, outcome.detail
+        assert not proc.alive(found[0])
+        until(lambda: len(rig.starts()) == 2 and proc.port_taken(rig.port), "Ray's own restart")
+        assert backend.find()[0].pid == rig.starts()[1]["pid"]
+    finally:
+        rig.close()
 
 
 def test_a_docker_that_fails_is_quoted_and_its_environment_is_not(tmp_path: Path) -> None:

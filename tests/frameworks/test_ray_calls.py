@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +14,6 @@ from stepguard import CallFailed, CallFailure, CallOk, Fate, Guard
 ray = pytest.importorskip("ray")
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("ray")]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        ray.init(
-            address="local",
-            num_cpus=2,
-            object_store_memory=80 << 20,
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=False,
-        )
-        try:
-            yield
-        finally:
-            ray.shutdown()
 
 
 def actors(of: type, count: int) -> list[Any]:
@@ -53,7 +31,7 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
-def test_ten_of_two_hundred_calls_hang_and_exactly_their_actors_are_killed(cluster: None) -> None:
+def test_ten_of_two_hundred_calls_hang_and_exactly_their_actors_are_killed(ray_cluster: str) -> None:
     """Incident C: nine hang in a call, one stands still as a process, which Ray's kill alone leaves."""
     sandboxes = actors(Sandbox, 12)
     hanging, others = sandboxes[:10], sandboxes[10:]
@@ -94,7 +72,7 @@ def test_ten_of_two_hundred_calls_hang_and_exactly_their_actors_are_killed(clust
     assert again[10:] == [CallOk(49)] * 2
 
 
-def test_a_mass_of_hung_calls_kills_no_actor(cluster: None) -> None:
+def test_a_mass_of_hung_calls_kills_no_actor(ray_cluster: str) -> None:
     sandboxes = actors(Sandbox, 4)
     pids = ray.get([actor.pid.remote() for actor in sandboxes], timeout=60)
 
@@ -109,7 +87,7 @@ def test_a_mass_of_hung_calls_kills_no_actor(cluster: None) -> None:
     assert [alive(pid) for pid in pids] == [True] * 4
 
 
-def test_a_coroutine_that_hangs_is_cancelled_and_its_actor_lives(cluster: None) -> None:
+def test_a_coroutine_that_hangs_is_cancelled_and_its_actor_lives(ray_cluster: str) -> None:
     (sandbox,) = actors(AsyncSandbox, 1)
 
     async def run() -> tuple[Any, Any]:
