@@ -1,4 +1,4 @@
-"""What holds for all tests: in which company they run, two at a time, how Ctrl-C arrives, and a Ray cluster."""
+"""What holds for all tests: in which company they run, how Ctrl-C arrives, and a Ray cluster."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Engine:
     """
 
     def __init__(self, name: str, command: Sequence[str], **options: Any) -> None:
-        import ray  # noqa: PLC0415 - only where a cluster runs
+        import ray  # only where a cluster runs
 
         given = {"num_cpus": 0, "name": name, "namespace": "runs"} | options
         self._ray = ray
