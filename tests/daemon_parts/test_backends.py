@@ -130,6 +130,7 @@ class Rig:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.port = free_port()
+        self.appeared: list[subprocess.Popen[bytes]] = []
         (folder / "server.py").write_text(SERVER)
         self.command = [sys.executable, str(folder / "server.py"), str(folder), str(self.port)]
         self.command += ["--mem-fraction-static", "0.8"]
@@ -154,6 +155,7 @@ class Rig:
     def appears(self) -> None:
         """Somebody makes the server."""
         child = subprocess.Popen(self.command, start_new_session=True)
+        self.appeared.append(child)
         threading.Thread(target=child.wait, daemon=True).start()
 
     def starts(self) -> list[dict[str, Any]]:
@@ -167,6 +169,8 @@ class Rig:
         return backend.find()
 
     def close(self) -> None:
+        for child in self.appeared:  # it may not have come to write of its start yet
+            child.kill()
         for start in self.starts():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(start["pid"], signal.SIGKILL)

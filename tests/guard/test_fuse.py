@@ -5,10 +5,12 @@ from __future__ import annotations
 from stepguard.fuse import AT_ONCE_S, Blown, CallFuse
 
 
-def counted(*, calls: int, hung: int, fuse: CallFuse | None = None, at_s: float = 0.0) -> CallFuse:
-    """So many calls that all began at one moment and ended ten seconds later."""
+def counted(
+    *, calls: int, hung: int, fuse: CallFuse | None = None, at_s: float = 0.0, each: int = 1
+) -> CallFuse:
+    """So many calls, `each` of them of one actor, that began at one moment and ended ten seconds later."""
     fuse = fuse or CallFuse()
-    numbers = [fuse.begun(at_s) for _ in range(calls)]
+    numbers = [fuse.begun(at_s, index // each) for index in range(calls)]
     for index, number in enumerate(numbers):
         fuse.ended(number, at_s + 10, hung=index < hung)
     return fuse
@@ -26,6 +28,16 @@ def test_two_of_four_are_never_a_mass() -> None:
     assert counted(calls=4, hung=2).blown(0.1, 10.0) is None
 
 
+def test_what_waits_at_one_or_two_hung_actors_is_no_mass_while_another_works() -> None:
+    assert counted(calls=32, hung=8, each=8).blown(0.1, 10.0) is None
+    assert counted(calls=32, hung=16, each=8).blown(0.1, 10.0) is None
+    assert counted(calls=32, hung=24, each=8).blown(0.1, 10.0) == Blown(failed=24, calls=32)
+
+
+def test_where_every_actor_hangs_it_is_a_mass_however_few_there_are() -> None:
+    assert counted(calls=16, hung=16, each=8).blown(0.1, 10.0) == Blown(failed=16, calls=16)
+
+
 def test_a_share_of_one_still_kills_no_more_than_half() -> None:
     assert counted(calls=20, hung=10).blown(1.0, 10.0) is None
     assert counted(calls=20, hung=11).blown(1.0, 10.0) == Blown(failed=11, calls=20)
@@ -33,8 +45,8 @@ def test_a_share_of_one_still_kills_no_more_than_half() -> None:
 
 def test_calls_that_still_run_were_beside_them() -> None:
     fuse = CallFuse()
-    for _ in range(40):
-        fuse.begun(0.0)
+    for number in range(40):
+        fuse.begun(0.0, number)
     counted(calls=4, hung=4, fuse=fuse)
     assert fuse.blown(0.1, 10.0) is None
     assert fuse.blown(0.05, 10.0) == Blown(failed=4, calls=44)

@@ -15,7 +15,10 @@ AT_ONCE_S: Final = 30.0
 """How far apart calls may fail and still have failed at once."""
 
 LEAST: Final = 3
-"""So few failures are never a mass, whatever their share: a run may have four actors."""
+"""So few failures are never a mass, whatever their share: a run may have four actors.
+
+Nor are the many calls that waited at fewer actors than this, while another actor's calls did not hang.
+"""
 
 SHARE_MAX: Final = 0.5
 """A larger share is always a mass, whatever the settings say."""
@@ -31,25 +34,41 @@ class Blown:
     calls: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    began_s: float
+    actor: int
+
+
 class CallFuse:
     """Counts calls. Times are seconds of one monotonic clock; calls are made on one event loop."""
 
     def __init__(self) -> None:
         self._numbers = 0
-        self._running: dict[int, float] = {}
-        self._ended: list[tuple[float, float, bool]] = []  # began, ended, hung
+        self._running: dict[int, _Call] = {}
+        self._ended: list[tuple[_Call, float, bool]] = []  # the call, when it ended, whether it hung
 
-    def begun(self, now_s: float) -> int:
-        """A call begins; its number is for `ended`."""
+    def begun(self, now_s: float, actor: int) -> int:
+        """
+        A call begins.
+
+        Args:
+            now_s: now.
+            actor: what tells its actor from others; no reference, which would keep the actor alive.
+
+        Returns:
+            Its number, for `ended`.
+
+        """
         self._numbers += 1
-        self._running[self._numbers] = now_s
+        self._running[self._numbers] = _Call(now_s, actor)
         return self._numbers
 
     def ended(self, number: int, now_s: float, *, hung: bool) -> None:
         """It ended, or its time was over."""
-        began_s = self._running.pop(number)
+        call = self._running.pop(number)
         self._ended = self._ended[1 - _ENDED_MAX :]
-        self._ended.append((began_s, now_s, hung))
+        self._ended.append((call, now_s, hung))
 
     def blown(self, share: float, now_s: float) -> Blown | None:
         """
@@ -61,8 +80,13 @@ class CallFuse:
 
         """
         since_s = now_s - AT_ONCE_S
-        hung = [began for began, ended, failed in self._ended if failed and ended >= since_s]
+        hung = [call for call, ended_s, failed in self._ended if failed and ended_s >= since_s]
         if len(hung) < LEAST:
             return None
-        beside = sum(ended >= min(hung) for _, ended, _ in self._ended) + len(self._running)
-        return Blown(len(hung), beside) if len(hung) > min(share, SHARE_MAX) * beside else None
+        first_s = min(call.began_s for call in hung)
+        beside = [call for call, ended_s, _ in self._ended if ended_s >= first_s]
+        beside += self._running.values()
+        actors = {call.actor for call in hung}
+        if len(actors) < LEAST and actors != {call.actor for call in beside}:
+            return None
+        return Blown(len(hung), len(beside)) if len(hung) > min(share, SHARE_MAX) * len(beside) else None

@@ -20,7 +20,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, TypeVar
@@ -476,7 +476,8 @@ class Guard:
         except TypeError:
             isolation.abandon([awaitable])
             raise
-        number = self._fuse.begun(self._clock_ns() / 1e9)
+        actor = hash(doomed) if isinstance(doomed, Hashable) else id(doomed)
+        number = self._fuse.begun(self._clock_ns() / 1e9, actor)
         hung = False
         try:
             answer = await bounded_call(awaitable, timeout_s=timeout_s, passing=_PASSING)
