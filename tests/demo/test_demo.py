@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from stepguard_grpo import ground_truth
+from stepguardd import proc
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -227,13 +228,15 @@ def test_a_demo_told_to_end_leaves_no_process_behind(tmp_path: Path, how: signal
     """Ctrl-C or a TERM in the middle of a run: daemon, server and trainer are gone when the demo is."""
     folder = tmp_path / "stopped"
     command = [sys.executable, "-m", "stepguardd", "demo", "--fault", "none", "--no-ui", "--dir", str(folder)]
-    demo = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+    mark = ("STEPGUARD_TEST_DEMO", str(tmp_path))
+    environment = os.environ | dict([mark])
+    demo = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, start_new_session=True)
     try:
         truth = folder / "guarded/run/ground_truth.jsonl"
         deadline = time.monotonic() + 120
         while not truth.exists() and time.monotonic() < deadline and demo.poll() is None:
             time.sleep(0.1)
-        assert len(processes_of(folder)) >= 4, "daemon, server, scheduler and trainer should be running"
+        assert len(proc.marked(*mark)) >= 5, "demo, daemon, server, scheduler and trainer should be running"
         demo.send_signal(how)
         _, stderr = demo.communicate(timeout=60)
     finally:
@@ -242,19 +245,4 @@ def test_a_demo_told_to_end_leaves_no_process_behind(tmp_path: Path, how: signal
             demo.wait()
     assert demo.returncode == 1
     assert b"every process of the demo has ended" in stderr
-    assert processes_of(folder) == []
-
-
-def processes_of(folder: Path) -> list[str]:
-    """The command lines of the processes that name this folder, the demo's own excepted."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
-        try:
-            line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if str(folder) in line and " demo " not in line:
-            found.append(line)
-    return found
+    assert proc.marked(*mark) == ()

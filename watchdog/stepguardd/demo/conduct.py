@@ -28,6 +28,8 @@ from stepguard_grpo.model import write_base_model
 from .. import proc
 from ..control.client import ControlClient, ControlError, NoDaemonError
 from ..control.contract import SOCKET_NAME
+from ..core.events import Proc
+from ..effects.backends.process import SERVER_MARK
 from .faults import (
     INSIDE_THE_TRAINER,
     PAUSE_S,
@@ -43,8 +45,9 @@ from .faults import (
 from .outcome import STOOD_STILL, Figures, figures
 from .servers import ServerKind, ServerMissingError, ServerProgram, server_program
 from .shortage import Shortage, shortage
-from .supervisor import Supervisor
+from .supervisor import Supervisor, end_trees, rooted_at
 
+SERVER: Final = "sglang"
 POLL_S: Final = 0.1
 END_TIMEOUT_S: Final = 15.0
 UNGUARDED_AFTER_FAULT_S: Final = 60.0
@@ -150,6 +153,8 @@ class Arena:
         self.run_dir: Path | None = None
         self._stack = ExitStack()
         self._port = _free_port()
+        # A server is found again by its run's name: two demos at a time must not find each other's.
+        self._name = f"demo-{self._port}"
         self.url = f"http://127.0.0.1:{self._port}"
         self._program = _program(plan.server)
         self._continue_at: float | None = None
@@ -185,7 +190,7 @@ class Arena:
         write_base_model(self.run_root / "base", self._plan.seed)
         scenario = self._scenario
         if scenario.fault is Fault.OOM:
-            self._shortage = shortage(f"demo-{self._port}", self.root)
+            self._shortage = shortage(self._name, self.root)
             self._stack.callback(self._shortage.close)
         if not self._plan.guarded or scenario.supervised:
             self._supervisor = Supervisor(
@@ -202,6 +207,7 @@ class Arena:
             # Short and local: a Unix socket's path holds 107 bytes.
             run_dir = self.run_dir = Path(tempfile.mkdtemp(prefix="stepguard-demo-"))
             self._stack.callback(shutil.rmtree, run_dir, ignore_errors=True)
+            self._stack.callback(self._end_server)
             self._start_daemon()
             environment["STEPGUARD_RUN_DIR"] = str(run_dir)
         else:
@@ -262,6 +268,10 @@ class Arena:
 
         self._await_server(serving)
 
+    def _end_server(self) -> None:
+        """What a daemon that did not end by itself, or was killed, left of its server."""
+        end_trees(proc.marked(SERVER_MARK, f"{self._name}/{SERVER}"))
+
     def restart_daemon(self, environment: Mapping[str, str] | None = None) -> None:
         """Start a daemon on this run; the one before must have ended."""
         config = str(self.root / "config.toml")
@@ -273,14 +283,13 @@ class Arena:
         backend = "none" if self._scenario.supervised else "process"
         lines = [
             "[run]",
-            # A server is found again by its run's name: two demos at a time must not find each other's.
-            f'name = "demo-{self._port}"',
+            f'name = "{self._name}"',
             f"run_dir = {json.dumps(str(run_dir))}",
             f"state_dir = {json.dumps(str(self.root / 'state'))}",
             'mode = "act"',
             'servers_on_stop = "stop"',
             "[server]",
-            'name = "sglang"',
+            f'name = "{SERVER}"',
             f'url = "{self.url}"',
             f'backend = "{backend}"',
         ]
@@ -330,7 +339,7 @@ class Arena:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self._stack.callback(_end, child)
+        self._stack.callback(_end, child, rooted_at(child))
         return child
 
     def _await_server(self, up: Callable[[], bool]) -> None:
@@ -518,8 +527,8 @@ def _program(kind: ServerKind) -> ServerProgram:
         raise DemoError(f"--server {kind.value}: {error}") from None
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
-    """TERM, a while, KILL."""
+def _end(child: subprocess.Popen[bytes], root: Proc) -> None:
+    """TERM, a while, KILL; then what it leaves: W&B's own process ends a second or two after its trainer."""
     if child.poll() is None:
         child.send_signal(signal.SIGTERM)
         try:
@@ -527,6 +536,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             child.kill()
     child.wait(END_TIMEOUT_S)
+    end_trees([root])
 
 
 def _kill(pidfd: int) -> None:

@@ -4,16 +4,22 @@ Somebody else's supervisor, as small as they come: it starts a server and starts
 It stands for a container's restart policy. It knows nothing of weights: what comes back is the base model.
 """
 
+import asyncio
 import os
 import subprocess
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from .. import proc
+from ..core.events import Proc
+from ..effects.processes import end
+
 _RESTART_AFTER_S: Final = 0.5
+_GRACE_S: Final = 2.0
 _END_TIMEOUT_S: Final = 10.0
+_ROUNDS: Final = 3
 
 
 class Supervisor:
@@ -43,6 +49,7 @@ class Supervisor:
         self._ending = threading.Event()
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
+        self._roots: list[Proc] = []
         self.starts = 0
 
     @property
@@ -58,19 +65,13 @@ class Supervisor:
             threading.Thread(target=self._look_after, name="supervisor", daemon=True).start()
 
     def stop(self) -> None:
-        """End the server for good. Idempotent."""
+        """End the server for good, and what an earlier one left behind. Idempotent."""
         self._ending.set()
         with self._lock:
-            child = self._child
-        if child is None or child.poll() is not None:
-            return
-        child.terminate()
-        try:
-            child.wait(2.0)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            with suppress(subprocess.TimeoutExpired):
-                child.wait(_END_TIMEOUT_S)
+            roots, child = list(self._roots), self._child
+        end_trees(roots)
+        if child is not None:
+            child.wait(_END_TIMEOUT_S)
 
     def _look_after(self) -> None:
         while not self._ending.is_set():
@@ -92,3 +93,28 @@ class Supervisor:
                 start_new_session=True,
             )
             self.starts += 1
+            self._roots.append(rooted_at(self._child))
+
+
+def rooted_at(child: subprocess.Popen[bytes]) -> Proc:
+    """A child that nobody has waited for yet, by pid and start time: the root of a tree."""
+    started = proc.stat(child.pid)
+    assert started is not None, "a child is there until its parent has waited for it"
+    return Proc(pid=started.pid, start_ticks=started.start_ticks, role="child")
+
+
+def end_trees(roots: Iterable[Proc]) -> None:
+    """
+    End processes and all that belongs to them, whoever has adopted it by now. Blocks until they have ended.
+
+    A server that is interrupted while it starts leaves children: multiprocessing's resource tracker is deaf
+    to SIGTERM, and a scheduler that is still importing does not look for its parent yet.
+    In rounds: a tree that is told to end may still start a process.
+    """
+    known, grace_s = tuple(roots), _GRACE_S
+    for _ in range(_ROUNDS):
+        tree = proc.trees({root.pid for root in known if proc.unmistaken(root)})
+        if not tree:
+            return
+        asyncio.run(end(tree, grace_s=grace_s, timeout_s=_END_TIMEOUT_S))
+        grace_s = 0.0
