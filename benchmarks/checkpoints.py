@@ -70,7 +70,8 @@ def numbers(size_bytes: int, dtype: torch.dtype, scale: float) -> torch.Tensor:
     """Normally distributed around zero, so many bytes of them."""
     count = size_bytes // torch.empty(0, dtype=dtype).element_size()
     some = torch.randn(min(count, MIB), generator=torch.Generator().manual_seed(3)) * scale
-    return some.to(dtype).repeat(count // len(some))
+    limit = torch.finfo(dtype).max  # beyond it, whether fp8 is its largest number or NaN is torch's to say
+    return some.clamp(-limit, limit).to(dtype).repeat(count // len(some))
 
 
 def safetensors_figures(home: Path) -> None:

@@ -117,8 +117,8 @@ def admit_round_trip(rounds: int = 500) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder)
         go_page(run_dir).close()
-        judge = _started(JUDGE, folder)
-        echo = _started(ECHO, folder)
+        judge = started(JUDGE, folder)
+        echo = started(ECHO, folder)
         try:
             with Guard(run_dir) as guard:
                 items, rewards = ["a"] * 64, [1.0, 0.0] * 32
@@ -142,7 +142,7 @@ def admit_round_trip(rounds: int = 500) -> None:
     print(f"  admit takes {admits[0] / echoes[0]:.1f} times a datagram there and back")
 
 
-def _started(code: str, folder: str) -> subprocess.Popen[bytes]:
+def started(code: str, folder: str) -> subprocess.Popen[bytes]:
     process = subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
