@@ -6,6 +6,7 @@ import contextlib
 import os
 import shlex
 import sqlite3
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,7 @@ class SensedRun(OwnDaemons):
         self.pressure = self.machine / "proc" / "pressure" / "memory"
         self.events = self.machine / "cgroup" / "job" / "memory.events"
         self.journal = root / "journal"
+        self.metrics, self.trainer_log = root / "metrics.csv", root / "trainer.log"
         self.program = root / "bin" / "journalctl"
         for file in (self.pressure, self.events, self.program):
             file.parent.mkdir(parents=True)
@@ -67,6 +69,8 @@ class SensedRun(OwnDaemons):
             {
                 "run": {"mode": "hold"},
                 "web": {"enabled": False},
+                "trainer": {"log": str(self.trainer_log)},
+                "stream": {"path": str(self.metrics)},
             },
         )
 
@@ -95,6 +99,17 @@ class SensedRun(OwnDaemons):
         with contextlib.closing(sqlite3.connect(f"file:{self.state_dir}/journal.db?mode=ro", uri=True)) as db:
             rows = db.execute("SELECT text FROM notices WHERE reason = ? ORDER BY id", (reason,)).fetchall()
         return [text for (text,) in rows]
+
+    def lines(self) -> dict[str, str]:
+        """What `stepguard status` prints, by the first word of each line."""
+        command = [sys.executable, "-m", "stepguardd", "status", "--run-dir", str(self.run_dir)]
+        printed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert printed.stdout, printed.stderr
+        return {
+            line.split()[0]: " ".join(line.split()[1:])
+            for line in printed.stdout.splitlines()
+            if line.strip()
+        }
 
     def unseen(self) -> dict[str, Any]:
         return dict(self.status().get("unseen", {}))
@@ -135,12 +150,40 @@ def test_memory_that_is_short_and_kills_are_told_where_kmsg_cannot_be_read(tmp_p
             run.events.write_text(EVENTS.format(kills=5))
             run.until(lambda: len(run.warned("host_oom")) == 2, "the cgroup's counter tells of kills")
             assert "killed a process of the trainer, cgroup /job" in run.warned("host_oom")[1]
+            kernel = run.status()["oom"]["kernel"]
+            assert kernel["count"] == 1, "by the kernel's log where there is one: each kill once"
+            assert (kernel["newest"]["role"], kernel["newest"]["cgroup"]) == ("trainer", "/job")
+            assert run.status()["host"]["pressure"] == {"some_10s": 37.5, "full_10s": 6.25, "short": True}
             run.says(some=0.0, full=0.0)
             run.pressure.unlink()
             run.until(lambda: "memory pressure" in run.unseen(), "what is not there is unknown")
             assert run.order() == "GO"
         finally:
             guard.close()
+
+
+def test_logs_out_of_memory_and_the_stream_have_their_lines_in_the_status(tmp_path: Path) -> None:
+    """As the command prints it: four sources of memory that ran out, the logs, the pressure, the stream."""
+    with sensed_run(tmp_path) as run:
+        run.trainer_log.touch()
+        run.daemon()
+        run.until(lambda: run.status().get("logs", [{}])[0].get("trouble", "") is None, "the log is read")
+        assert run.lines()["Stream"] == "metrics.csv: No such file or directory"
+        assert run.lines()["OOM"] == "kernel 0, Ray 0, CUDA 0, KV pool 0"
+        with run.trainer_log.open("a") as log:
+            log.write("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has a\n")
+        run.metrics.write_text("step,reward\n1,0.25\n2,0.5\n")
+        run.until(lambda: (run.status().get("stream") or {}).get("step") == 2, "the stream is read")
+        run.until(lambda: run.status()["oom"]["cuda"]["count"] == 1, "memory that ran out is counted")
+        newest = run.status()["oom"]["cuda"]["newest"]
+        assert (newest["role"], newest["used_bytes"], newest["gpu"]) == ("trainer", 2 * GIB, 1)
+        lines = run.lines()
+        assert lines["Stream"].startswith("reward, step 2: 0.5, ")
+        assert lines["OOM"].startswith("kernel 0, Ray 0, CUDA 1, KV pool 0; CUDA ")
+        assert lines["OOM"].endswith(" ago: trainer")
+        assert lines["Logs"].startswith("1 of 1 followed; ")
+        assert lines["Logs"].endswith(" ago trainer: cuda oom")
+        assert lines["Host"].endswith("waited for 1 % of the last 10 s")
 
 
 @pytest.fixture

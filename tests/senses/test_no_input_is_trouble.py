@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -121,8 +122,8 @@ def test_no_stream_and_no_pause_file_are_trouble(data: st.DataObject, tmp_path_f
     told: list[Event] = []
     file = folder / "metrics.jsonl"
     file.write_bytes(_mutated(data, b'{"step": 1, "reward": 0.5, "loss": NaN}\n{"step": 2, "reward": 1}\n'))
-    stream = RewardStream(JsonLines(file), "auto", told.append)
-    stream.poll()
+    stream = RewardStream(lambda: JsonLines(file), str(file), "auto", told.append)
+    asyncio.run(stream.look())
     assert all(isinstance(event, RewardLogged) for event in told)
     told.clear()
     (folder / "PAUSE").write_bytes(_mutated(data, b"looking at the curve\n"))

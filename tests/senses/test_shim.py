@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -159,9 +160,9 @@ def test_the_daemon_reads_its_file(tmp_path: Path) -> None:
     events: list[Event] = []
     stream = RewardStream.of(config, None, events.append)
     assert stream is not None
-    stream.poll()  # a file that is not there yet is waited for
+    asyncio.run(stream.look())  # a file that is not there yet is waited for
     file.write_text('{"train/reward": 0.5, "_step": 3}\n')
-    stream.poll()
+    asyncio.run(stream.look())
     assert [(one.step, one.reward) for one in events if isinstance(one, RewardLogged)] == [(3, 0.5)]
     position = next(one.position for one in events if isinstance(one, RewardLogged))
     with file.open("a") as more:
@@ -169,5 +170,5 @@ def test_the_daemon_reads_its_file(tmp_path: Path) -> None:
     later: list[Event] = []
     again = RewardStream.of(config, position, later.append)
     assert again is not None
-    again.poll()
+    asyncio.run(again.look())
     assert [one.step for one in later if isinstance(one, RewardLogged)] == [4]

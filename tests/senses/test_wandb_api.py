@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stepguardd.sources.reward.rows import StreamError
-from stepguardd.sources.reward.wandb_api import PAGE_STEPS, WandbApi, read_key
+from stepguardd.sources.reward.wandb_api import PAGE_STEPS, WandbApi
 
 Answer = tuple[int, dict[str, str], bytes]
 
@@ -237,21 +237,6 @@ def test_no_answer_makes_it_raise_anything_but_its_error(api: Clocked, server: S
     with contextlib.suppress(StreamError):
         api.reader.poll()
         json.dumps(api.reader.position)
-
-
-def test_the_key_comes_from_a_file_or_a_credential_and_errors_name_the_place(tmp_path, monkeypatch):
-    (tmp_path / "secrets_wandb-api-key").write_text("k123\n")
-    assert read_key(file=tmp_path / "secrets_wandb-api-key") == "k123"
-    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
-    assert read_key() == "k123"
-    with pytest.raises(StreamError, match="other: the W&B key cannot be read"):
-        read_key("other")
-    (tmp_path / "empty").write_text("\n")
-    with pytest.raises(StreamError, match="empty: the W&B key is empty"):
-        read_key("empty")
-    monkeypatch.delenv("CREDENTIALS_DIRECTORY")
-    with pytest.raises(StreamError, match="no W&B key"):
-        read_key()
 
 
 def test_a_run_is_named_in_full():

@@ -49,7 +49,22 @@ WORST: dict[str, Any] = {
     },
     "gpus": [{"index": i, "used_bytes": 79 << 30, "total_bytes": 80 << 30} for i in range(64)],
     "unseen": {f"source {i} " * 9: "for a reason " * 9 for i in range(30)},
-    "host": {"available_bytes": 1 << 30, "total_bytes": 2 << 40, "oom_kills": 10**9},
+    "host": {
+        "available_bytes": 1 << 30,
+        "total_bytes": 2 << 40,
+        "oom_kills": 10**9,
+        "pressure": {"some_10s": 99.5, "full_10s": 80.0, "short": True},
+    },
+    "oom": {
+        "kernel": {"count": 10**9, "newest": {"server": "s" * 90, "used_bytes": 1 << 40, "age_s": 1e9}},
+        **{source: {"count": None, "newest": None} for source in ("ray", "cuda", "kv_pool")},
+    },
+    "logs": [
+        {"server": f"s{i}" * 40, "path": "/p" * 90, "trouble": "t" * 90, "sign": "disk_full", "age_s": i}
+        for i in range(64)
+    ],
+    "stream": {"path": "/p" * 90, "metric": "m" * 90, "step": 10**12, "reward": "NaN", "age_s": 1e9},
+    "checkpoints": [{"step": 10**9, "proven": True}],
     "rewards": [i / 60 for i in range(60)],
     "warnings": ["beware " * 100] * 50,
     "refused_batches": 10**9,
@@ -117,9 +132,62 @@ def test_gpus_and_host_are_one_line_each_with_what_is_wrong() -> None:
     host = {"available_bytes": 12 << 30, "total_bytes": 100 << 30, "oom_kills": 2}
     text = "\n".join(drawn({**WELL, "gpus": gpus, "host": host}))
     assert "2, memory 50%, 1 lost" in text
-    assert "12 of 100 GiB of memory available, 2 kills for memory" in text
+    assert "12 of 100 GiB of memory available, pressure unknown" in text
     unknown = "\n".join(drawn({**WELL, "gpus": [{}], "host": {"available_bytes": None}}))
     assert unknown.count("memory unknown") == 2
+
+
+def line_of(title: str, status: Any) -> str:
+    (found,) = [line for line in drawn(status) if line.startswith(title)]
+    return " ".join(found.split())
+
+
+def test_each_source_of_out_of_memory_is_counted_apart_and_the_newest_is_named() -> None:
+    """What cannot be seen is no 0."""
+    sources = {
+        "kernel": {"count": None, "newest": None},
+        "ray": {"count": 0, "newest": None},
+        "cuda": {"count": 2, "newest": {"kind": "cuda_run", "server": "left", "age_s": 90.0}},
+        "kv_pool": {"count": 7, "newest": {"kind": "kv_full", "role": "server", "age_s": 300.0}},
+    }
+    said = line_of("OOM", {**WELL, "oom": sources})
+    assert said == "OOM kernel ?, Ray 0, CUDA 2, KV pool 7; CUDA 1 min 30 s ago: left"
+    nothing = {source: {"count": 0, "newest": None} for source in sources}
+    assert line_of("OOM", {**WELL, "oom": nothing}) == "OOM kernel 0, Ray 0, CUDA 0, KV pool 0"
+
+
+def test_the_logs_the_stream_and_the_pressure_have_their_lines() -> None:
+    """How many are read, what the newest line meant, how new the newest step is."""
+    log = {"server": "left", "path": "/l", "trouble": None, "lines": 3, "dropped_bytes": 0}
+    logs = [{**log, "sign": "disk_full", "age_s": 4.0}, {**log, "server": None, "trouble": "not there yet"}]
+    assert line_of("Logs", {**WELL, "logs": logs}) == "Logs 1 of 2 followed; 4.0 s ago left: disk full"
+    assert line_of("Logs", {**WELL, "logs": [log]}) == "Logs 1 of 1 followed"
+    assert line_of("Logs", {**WELL, "logs": [{**log, "dropped_bytes": 3 << 20}]}).endswith(
+        "3 MiB came too fast"
+    )
+    stream = {
+        "path": "/w",
+        "metric": "train/reward",
+        "step": 7,
+        "reward": 0.25,
+        "age_s": 2.0,
+        "trouble": None,
+    }
+    assert line_of("Stream", {**WELL, "stream": stream}) == "Stream train/reward, step 7: 0.25, 2.0 s ago"
+    assert line_of("Stream", {**WELL, "stream": {"path": "/w/wandb"}}) == "Stream no step yet in wandb"
+    assert line_of("Stream", {**WELL, "stream": {**stream, "trouble": "/w: gone"}}) == "Stream w: gone"
+    pressure = {"some_10s": 37.5, "full_10s": 1.0, "short": True}
+    host = {"available_bytes": 12 << 30, "total_bytes": 100 << 30, "pressure": pressure}
+    assert line_of("Host", {**WELL, "host": host}).endswith("available, waited for 38 % of the last 10 s")
+
+
+def test_where_the_screen_is_full_what_is_wrong_stays() -> None:
+    """The incident and its servers take the room; nothing bad to say is said elsewhere: --json."""
+    quiet = {source: {"count": 0, "newest": None} for source in ("kernel", "ray", "cuda", "kv_pool")}
+    bad = {**quiet, "kernel": {"count": 1, "newest": None}}
+    titles = {line.split()[0] for line in drawn({**WORST, "oom": bad}) if line.strip()}
+    assert {"Breaker", "Trainer", "Reward", "OOM"} <= titles
+    assert "OOM" not in {line.split()[0] for line in drawn({**WORST, "oom": quiet}) if line.strip()}
 
 
 def test_an_incident_names_its_report_and_who_has_it_in_hand() -> None:
@@ -203,6 +271,43 @@ ANY_JSON = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False
             ),
             "host": st.none()
             | st.fixed_dictionaries({}, optional={"available_bytes": ANY_JSON, "total_bytes": ANY_JSON}),
+            "oom": st.dictionaries(
+                st.text(max_size=9),
+                st.fixed_dictionaries(
+                    {},
+                    optional={
+                        "count": st.none() | st.integers(0),
+                        "newest": st.none()
+                        | st.fixed_dictionaries({}, optional={"server": ANY_JSON, "age_s": ANY_JSON}),
+                    },
+                ),
+                max_size=5,
+            ),
+            "logs": st.lists(
+                st.fixed_dictionaries(
+                    {},
+                    optional={
+                        "server": ANY_JSON,
+                        "trouble": ANY_JSON,
+                        "sign": ANY_JSON,
+                        "age_s": ANY_JSON,
+                        "dropped_bytes": ANY_JSON,
+                    },
+                ),
+                max_size=5,
+            ),
+            "stream": st.none()
+            | st.fixed_dictionaries(
+                {},
+                optional={
+                    "path": ANY_JSON,
+                    "metric": ANY_JSON,
+                    "step": ANY_JSON,
+                    "reward": ANY_JSON,
+                    "age_s": ANY_JSON,
+                    "trouble": ANY_JSON,
+                },
+            ),
             "rewards": st.lists(st.none() | st.floats(-1e6, 1e6), max_size=70),
             "warnings": st.lists(st.text(max_size=90), max_size=5),
         },

@@ -469,7 +469,7 @@ class Daemon:
             work.append(server.keep_looking())
             work.append(_every(self.config.probe.stopped_after_s, server.processes.sample))
         if self._stream is not None:
-            work.append(_every(self._stream.interval_s, self._stream.poll))
+            work.append(self._stream.watch())
         if self._trainer is not None:
             work.append(self._trainer.keep_looking())
         pause = PauseFile(self.config.run.run_dir, lambda: self.state, self.feed)
@@ -542,7 +542,7 @@ class Daemon:
             urls={server.name: server.url for server in self.config.servers},
             now=clock.monotonic(),
             started_at=self.started_at,
-            metric=None if self._stream is None else self._stream.metric_found,
+            stream=None if self._stream is None else self._stream.status(clock.monotonic()),
             notes=(
                 *(() if self._other_version is None else (self._other_version,)),
                 *(() if self._stream is None else self._stream.notes),

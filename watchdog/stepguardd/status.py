@@ -20,7 +20,7 @@ def of(
     urls: Mapping[str, str],
     now: float,
     started_at: float,
-    metric: str | None,
+    stream: Mapping[str, object] | None,
     notes: Sequence[str],
     lost_rows: int,
     journal_failure: str | None,
@@ -35,7 +35,7 @@ def of(
         urls: each server's address.
         now: seconds of the monotonic clock.
         started_at: when the daemon came up, on the same clock.
-        metric: the reward's name in the logged stream, once it was seen.
+        stream: the logged stream that is followed, as its reader tells of it; None where there is none.
         notes: what a person should know about that stream.
         lost_rows: journal rows that the disk did not take.
         journal_failure: why, when the newest write failed.
@@ -74,8 +74,8 @@ def of(
             "restart_budget": settings.restart_budget,
             "restart_window_s": settings.restart_window_s,
         },
-        "stream": None if state.stream_step is None else {"metric": metric, "step": state.stream_step},
-        "rewards": [_number(value) for value in state.rewards],
+        "stream": None if stream is None else {**stream, "step": state.stream_step},
+        "rewards": [number(value) for value in state.rewards],
         "refused_batches": state.refused_batches,
         "warnings": warnings,
         "version": stepguard.__version__,
@@ -161,7 +161,7 @@ def _trainer(state: State, now: float) -> dict[str, object]:
         "left": trainer.left,
         "launches": trainer.launches,
         "phase": trainer.phase,
-        "reward": _number(state.rewards[-1]) if state.rewards else None,
+        "reward": number(state.rewards[-1]) if state.rewards else None,
         "weight_version": trainer.weight_version,
         "beat_age_s": None if trainer.beats_at is None else round(now - trainer.beats_at, 3),
     }
@@ -180,9 +180,9 @@ def _checkpoint(row: ledger.LedgerRow, proven_after: int) -> dict[str, object]:
         "set_aside": row.set_aside,
         "gone": row.gone,
         "pinned": row.pinned_path,
-        "reward": _number(row.reward),
-        "kl": _number(row.kl),
-        "gradient_norm": _number(row.gradient_norm),
+        "reward": number(row.reward),
+        "kl": number(row.kl),
+        "gradient_norm": number(row.gradient_norm),
     }
 
 
@@ -227,8 +227,8 @@ def _incident(incident: Incident | None, now: float) -> dict[str, object] | None
     }
 
 
-def _number(value: float | None) -> float | str | None:
-    """JSON has no NaN: it is spelled as a word, and null stays unknown."""
+def number(value: float | None) -> float | str | None:
+    """A figure for JSON, which has no NaN: it is spelled as a word, and null stays unknown."""
     if value is None or math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")

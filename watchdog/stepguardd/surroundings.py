@@ -8,6 +8,7 @@ line when that begins, and asked again. Files are read in a thread of their own,
 import asyncio
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +17,9 @@ from typing import Final
 from stepguard.cgroups import MemoryCgroup, memory_cgroup
 from stepguard.reports import Memory
 
-from . import clock, proc
+from . import clock, proc, senses
 from .config import Config
-from .control.contract import GpuDict, HostDict
+from .control.contract import GpuDict, HostDict, LogDict
 from .core.events import (
     Event,
     GpuTrouble,
@@ -33,7 +34,7 @@ from .core.events import (
 )
 from .core.state import State
 from .oneline import utf8
-from .sources.cgroups import KillCounter, memory_pressure, pressure_warning
+from .sources.cgroups import KillCounter, Pressure, memory_pressure, pressure_warning
 from .sources.gpu import GpuSense, Headroom, strangers
 from .sources.kmsg import JOURNALD, KMSG, KernelLog, KernelLogError, open_kernel_log
 from .sources.logs import LogError, LogFollower, LogMatch
@@ -106,6 +107,7 @@ class Surroundings:
         self._logs = [FollowedLog(server.name, config.server_log(server)) for server in config.servers]
         if config.trainer.log is not None or config.trainer.backend == "process":
             self._logs.append(FollowedLog(None, config.trainer_log()))
+        self._logged_ooms: Counter[str] = Counter()
         self._owners = Owners()
         self._files = files
         self._kills = _Kills(self._owners, kernel_log or files.kernel_log, self._known, files.proc)
@@ -113,6 +115,7 @@ class Surroundings:
         self._gpu_troubles = GpuTroubles(self._owners)
         self._gpus: tuple[Gpu, ...] | None = None
         self._short = False
+        self._pressure: Pressure | None = None
         self._looking = asyncio.Lock()
         self._reading: asyncio.Future[list[tuple[FollowedLog, _Piece]]] | None = None
 
@@ -171,9 +174,17 @@ class Surroundings:
             self._emit(kill)
 
     def status(self) -> dict[str, object]:
-        """The keys of `status` that are this module's: `gpus`, `host` and `unseen`."""
-        gpus = None if self._gpus is None else [_gpu_dict(gpu) for gpu in self._gpus]
-        return {"gpus": gpus, "host": _host(self._kills.seen, self._files.proc), "unseen": dict(self.unseen)}
+        """The keys of `status` that are this module's: `gpus`, `host`, `oom`, `logs` and `unseen`."""
+        state, now = self._state(), clock.monotonic()
+        host = _host(self._kills.seen, self._files.proc)
+        logs = [followed.status() for followed in self._logs]
+        return {
+            "gpus": None if self._gpus is None else [_gpu_dict(gpu) for gpu in self._gpus],
+            "host": {**host, "pressure": senses.pressure(self._pressure)},
+            "oom": senses.ooms(self._kills.seen, self._logged_ooms, logs, state, now),
+            "logs": senses.with_newest(logs, state, now),
+            "unseen": dict(self.unseen),
+        }
 
     def _tell_lines(self, followed: "FollowedLog", piece: "_Piece") -> None:
         """The position goes with the last line of the piece: a crash in between reads the piece again."""
@@ -182,6 +193,7 @@ class Surroundings:
         for left, match in enumerate(piece.matches, 1 - len(piece.matches)):
             oom = oom_in_log(match, role)
             if oom is not None:
+                self._logged_ooms[senses.OOM_SOURCES[oom.kind]] += oom.count
                 self._emit(replace(oom, server=followed.server if oom.role is Role.SERVER else None))
             position = piece.position if left == 0 else None
             self._emit(
@@ -219,7 +231,7 @@ class Surroundings:
         return reading.asked
 
     def _look_at_pressure(self) -> None:
-        pressure = memory_pressure(proc=self._files.proc)
+        pressure = self._pressure = memory_pressure(proc=self._files.proc)
         if pressure is None:
             self._known("memory pressure", "this kernel keeps no /proc/pressure/memory")
             return
@@ -260,6 +272,7 @@ class FollowedLog:
         self.server = server
         self.cause: str | None = None
         self.due = 0.0
+        self._lines = 0
         self._absent_s = 0.0
         self._path = path
         self._follower: LogFollower | None = None
@@ -290,7 +303,20 @@ class FollowedLog:
             self.cause = str(unreadable)
             return _Piece()
         self.cause = None
+        self._lines += sum(match.count for match in matches)
         return _Piece(matches, self._to_keep(self._follower.position, matches))
+
+    def status(self) -> LogDict:
+        """How it is followed, for `status`."""
+        follower = self._follower
+        absent = None if follower is None or not follower.absent else "it is not there yet"
+        return {
+            "server": self.server,
+            "path": str(self._path),
+            "trouble": self.cause or absent,
+            "lines": self._lines,
+            "dropped_bytes": 0 if follower is None else follower.dropped_bytes,
+        }
 
     def close(self) -> None:
         """Give the file back."""

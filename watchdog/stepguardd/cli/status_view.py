@@ -1,21 +1,36 @@
 """
-The status as a person sees it: 80 columns, at most 24 lines, the worst first, and what to do at the end.
+The status as a person sees it: 80 columns, at most 23 lines, the worst first, and what to do at the end.
+
+Each source has its line. Where they are too many for the screen, those go first that have nothing bad to say.
 
 It reads any daemon's answer: what is missing is shown as unknown, what is unheard of as it stands.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from stepguardd.control.contract import GpuDict, HostDict, IncidentDict, SavedDict, ServerDict, StatusDict
+from stepguardd.control.contract import (
+    GpuDict,
+    HostDict,
+    IncidentDict,
+    LogDict,
+    OomDict,
+    SavedDict,
+    ServerDict,
+    StatusDict,
+    StreamDict,
+)
 from stepguardd.oneline import one_line
 from stepguardd.sparkline import sparkline
 
 WIDTH = 80
+LINES_MAX = 23
+"""A terminal of 24 lines, and the prompt."""
 SERVERS_MAX = 3
 ACTIONS_MAX = 2
 WARNINGS_MAX = 2
@@ -57,18 +72,39 @@ def is_well(status: StatusDict) -> bool:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Fact:
+    """
+    One line of what is known. The screen is filled by `rank`, lowest first.
+
+    0 is always shown, 1 says that something is wrong.
+    """
+
+    title: str
+    text: Text
+    rank: int = 2
+
+
 def view(status: StatusDict) -> Group:
     """The whole picture, for rich to print."""
-    parts: list[Text | Table] = [_headline(status), _facts(status)]
+    below: list[Text | Table] = []
+    lines = 1
     if status.get("servers"):
-        parts += [Text(), *_servers(status["servers"])]
+        shown = _servers(status["servers"])
+        below += [Text(), *shown]
+        lines += 2 + min(len(status["servers"]), SERVERS_MAX) + len(shown) - 1
     if incident := status.get("incident"):
-        parts += [Text(), *_incident("Incident", incident)]
+        below += (story := [Text(), *_incident("Incident", incident)])
+        lines += len(story)
     elif last := status.get("last_incident"):
-        parts += [Text(), *_incident("Last incident", last)]
-    parts += [_line(f"warning: {warning}", "yellow") for warning in status.get("warnings", [])[:WARNINGS_MAX]]
-    parts += [Text(), Text.assemble(("What to do  ", "bold"), _cut(_advice(status), 2 * WIDTH - 14))]
-    return Group(*parts)
+        below += (story := [Text(), *_incident("Last incident", last)])
+        lines += len(story)
+    warnings = status.get("warnings", [])[:WARNINGS_MAX]
+    below += [_line(f"warning: {warning}", "yellow") for warning in warnings]
+    advice = Text.assemble(("What to do  ", "bold"), _cut(_advice(status), 2 * WIDTH - 14))
+    below += [Text(), advice]
+    lines += len(warnings) + 2 + (advice.cell_len > WIDTH)
+    return Group(_headline(status), _facts(status, LINES_MAX - lines), *below)
 
 
 def _headline(status: StatusDict) -> Text:
@@ -82,18 +118,29 @@ def _headline(status: StatusDict) -> Text:
     return line
 
 
-def _facts(status: StatusDict) -> Table:
+def _facts(status: StatusDict, lines_max: int) -> Table:
+    facts = [_breaker(status), _trainer(status), _Fact("Reward", _reward(status), 0), *_more(status)]
+    ranked = sorted(range(len(facts)), key=lambda at: facts[at].rank)
+    shown = set(ranked[: max(lines_max, 3)])
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(width=WIDTH - 12, no_wrap=True, overflow="ellipsis")
-    breaker, gate, trainer = status.get("breaker", {}), status.get("gate", {}), status.get("trainer", {})
+    for at, fact in enumerate(facts):
+        if at in shown:
+            table.add_row(fact.title, fact.text)
+    return table
+
+
+def _breaker(status: StatusDict) -> _Fact:
+    breaker, gate = status.get("breaker", {}), status.get("gate", {})
     reason = _cut(breaker.get("reason"), WIDTH)
     phase = _cut(breaker.get("phase"), 12).replace("_", " ")
-    table.add_row(
-        "Breaker",
-        f"{phase} for {_span(breaker.get('since_s'))}, gate {_cut(gate.get('order'), 9)}"
-        + (f": {reason}" if breaker.get("reason") else ""),
-    )
+    words = f"{phase} for {_span(breaker.get('since_s'))}, gate {_cut(gate.get('order'), 9)}"
+    return _Fact("Breaker", Text(words + (f": {reason}" if breaker.get("reason") else "")), 0)
+
+
+def _trainer(status: StatusDict) -> _Fact:
+    trainer = status.get("trainer", {})
     alive = {True: Text("alive", "green"), False: Text("gone", "bold red")}.get(
         trainer.get("alive"),  # type: ignore[arg-type]
         Text("not seen", "yellow"),
@@ -105,8 +152,14 @@ def _facts(status: StatusDict) -> Table:
         words += f", attempt {_cut(trainer.get('attempt'), 6)}"
     if trainer.get("beat_age_s") is not None:
         words += f", beat {_span(trainer.get('beat_age_s'))} ago"
-    table.add_row("Trainer", Text.assemble(alive, words))
-    table.add_row("Reward", _reward(status))
+    return _Fact("Trainer", Text.assemble(alive, words), 0)
+
+
+def _more(status: StatusDict) -> list[_Fact]:
+    """What is known beside the trainer and the gate, in the order of the screen."""
+    facts = []
+    if stream := status.get("stream"):
+        facts.append(_stream(stream))
     extra = []
     if status.get("refused_batches"):
         extra.append(f"{_cut(status.get('refused_batches'), 10)} bad batches refused")
@@ -114,18 +167,95 @@ def _facts(status: StatusDict) -> Table:
     if left is not None:
         extra.append(f"{_cut(left, 6)} restarts left")
     if extra:
-        table.add_row("Guarded", ", ".join(extra))
+        facts.append(_Fact("Guarded", Text(", ".join(extra))))
     saved = status.get("checkpoints") or []
     if saved:
-        table.add_row("Saved", _checkpoints(saved))
+        facts.append(_Fact("Saved", Text(_checkpoints(saved))))
     if gpus := status.get("gpus"):
-        table.add_row("GPUs", _gpus(gpus))
+        facts.append(_ranked("GPUs", _gpus(gpus)))
     if host := status.get("host"):
-        table.add_row("Host", _host(host))
+        facts.append(_ranked("Host", _host(host)))
+    if oom := status.get("oom"):
+        facts.append(_ooms(oom))
+    if logs := status.get("logs"):
+        facts.append(_logs(logs))
     unseen = status.get("unseen")
     if unseen and not status.get("incident"):  # in an incident the screen is for what is known
-        table.add_row("Unseen", Text(_cut(", ".join(unseen), WIDTH), "dim"))
-    return table
+        facts.append(_Fact("Unseen", Text(_cut(", ".join(unseen), WIDTH), "dim"), 3))
+    return facts
+
+
+def _ranked(title: str, text: Text) -> _Fact:
+    """What is coloured is what is wrong."""
+    wrong = any("yellow" in str(part) or "red" in str(part) for part in (text.style, *text.spans))
+    return _Fact(title, text, 1 if wrong else 2)
+
+
+def _stream(stream: StreamDict) -> _Fact:
+    """Where the reward is read beside the guard, and how new its newest step is."""
+    path = str(stream.get("path"))
+    name = path.rpartition("/")[2] or path  # the whole of it would push the rest off the screen
+    if trouble := stream.get("trouble"):
+        return _Fact("Stream", Text(_cut(str(trouble).replace(path, name), WIDTH), "yellow"), 1)
+    if stream.get("step") is None:
+        return _Fact("Stream", Text(f"no step yet in {_cut(name, WIDTH)}"))
+    words = f"{_cut(stream.get('metric'), 34)}, step {_cut(stream.get('step'), 12)}"
+    if stream.get("reward") is not None:
+        words += f": {_figure(stream.get('reward'))}"
+    if stream.get("age_s") is not None:
+        words += f", {_span(stream.get('age_s'))} ago"
+    return _Fact("Stream", Text(words))
+
+
+def _figure(value: float | str | None) -> str:
+    return f"{value:.3g}" if isinstance(value, int | float) else _cut(value, 10)
+
+
+_OOM_NAMES = {"kernel": "kernel", "ray": "Ray", "cuda": "CUDA", "kv_pool": "KV pool"}
+
+
+def _ooms(sources: Mapping[str, OomDict]) -> _Fact:
+    """How often memory ran out, by who noticed; and the newest time."""
+    counts = []
+    newest = None
+    for source, one in sources.items():
+        count = one.get("count")
+        counts.append(
+            f"{_OOM_NAMES.get(source, _cut(source, 10))} {'?' if count is None else _cut(count, 8)}"
+        )
+        seen = one.get("newest")
+        if seen and (newest is None or _age(seen) < _age(newest[1])):
+            newest = source, seen
+    some = any(one.get("count") for one in sources.values())
+    line = Text(", ".join(counts), "yellow" if some else "")
+    if newest is not None:
+        whose = newest[1].get("server") or newest[1].get("name") or newest[1].get("role")
+        source = _OOM_NAMES.get(newest[0], _cut(newest[0], 10))
+        line.append(
+            f"; {source} {_span(newest[1].get('age_s'))} ago: {_cut(whose, 24)}", "yellow" if some else "dim"
+        )
+    return _ranked("OOM", line)
+
+
+def _age(seen: Mapping[str, Any]) -> float:
+    age = seen.get("age_s")
+    return age if isinstance(age, int | float) else float("inf")
+
+
+def _logs(logs: Sequence[LogDict]) -> _Fact:
+    """How many are followed, what cannot be read, and the newest line that meant something."""
+    away = [one for one in logs if one.get("trouble")]
+    read = len(logs) - len(away)
+    line = Text(f"{read} of {len(logs)} followed", "" if read else "yellow")
+    if dropped := sum(one["dropped_bytes"] for one in logs if isinstance(one.get("dropped_bytes"), int)):
+        line.append(f", {dropped / 2**20:.0f} MiB came too fast", "yellow")
+    told = [one for one in logs if one.get("sign")]
+    if told:
+        newest = min(told, key=_age)
+        whose = _cut(newest.get("server") or "trainer", 16)
+        sign = _cut(newest.get("sign"), 24).replace("_", " ")
+        line.append(f"; {_span(newest.get('age_s'))} ago {whose}: {sign}")
+    return _ranked("Logs", line)
 
 
 def _gpus(gpus: Sequence[GpuDict]) -> Text:
@@ -153,13 +283,23 @@ def _gpus(gpus: Sequence[GpuDict]) -> Text:
 
 def _host(host: HostDict) -> Text:
     available, total = host.get("available_bytes"), host.get("total_bytes")
-    if not isinstance(available, int | float) or not isinstance(total, int | float) or not total:
-        return Text("memory unknown", "dim")
-    style = "bold red" if available < 0.05 * total else "yellow" if available < 0.1 * total else ""
-    line = Text(f"{available / 2**30:.0f} of {total / 2**30:.0f} GiB of memory available", style)
-    if kills := host.get("oom_kills"):
-        line.append(f", {_cut(kills, 6)} kills for memory", "yellow")
+    if isinstance(available, int | float) and isinstance(total, int | float) and total:
+        style = "bold red" if available < 0.05 * total else "yellow" if available < 0.1 * total else ""
+        words = f"{available / 2**30:.0f} of {total / 2**30:.0f} GiB of memory available"
+        line = Text.assemble((words, style))
+    else:
+        line = Text.assemble(("memory unknown", "dim"))
+    pressure = host.get("pressure")
+    if pressure is None:
+        line.append(", pressure unknown", "dim")
+    else:
+        waited = f", waited for {_percent(pressure.get('some_10s'))} of the last 10 s"
+        line.append(waited, "yellow" if pressure.get("short") else "")
     return line
+
+
+def _percent(value: float | None) -> str:
+    return f"{value:.0f} %" if isinstance(value, int | float) and abs(value) < 1e6 else "?"
 
 
 def _checkpoints(saved: Sequence[SavedDict]) -> str:

@@ -48,6 +48,31 @@ MailAddress = Annotated[
 ]
 
 
+def _named_secret(source: str, info: ValidationInfo) -> str:
+    """A path or a credential's name; the secret itself, pasted here, is refused and not repeated."""
+    if "://" in source or len(source) > 500 or any(not char.isprintable() for char in source):
+        raise ValueError("must name a file or a credential; the secret itself does not belong here")
+    if "/" in source or source.startswith("~"):
+        return str(_anchor(Path(source), info))
+    name = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}", source)
+    if not name or re.fullmatch(r"[0-9a-fA-F]{32,}", source):  # W&B's keys are 40 such digits
+        raise ValueError("must name a file or a credential; the secret itself does not belong here")
+    return source
+
+
+SecretSource = Annotated[str, AfterValidator(_named_secret)]
+
+
+def _https(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in {"http", "https"} or not parts.hostname or parts.username or parts.password:
+        raise ValueError("must look like https://host/path, without a password in it")
+    return url.rstrip("/")
+
+
+HttpAddress = Annotated[str, AfterValidator(_https)]
+
+
 class Section(BaseModel):
     """A table of the configuration: it never changes once read, and knows no key but its own."""
 
@@ -484,6 +509,9 @@ class RewardSettings(Section):
         return self
 
 
+_STREAMS = ("wandb_dir", "jsonl", "path", "wandb_run")
+
+
 class StreamSettings(Section):
     """Where else the reward can be read, for trainers without the guard."""
 
@@ -499,6 +527,34 @@ class StreamSettings(Section):
         "metrics.jsonl, or what `stepguard shim` makes W&B's rows go to at once.",
         examples=["metrics.jsonl"],
     )
+    path: LocalPath | None = Field(
+        default=None,
+        description="Where neither is set: a file or folder in any form that `stepguard stream` reads, "
+        "TensorBoard event files, CSV and text logs among them. What it is shows by its content.",
+        examples=["runs/tensorboard"],
+    )
+    pattern: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Where `path` is a text log: a regular expression with the group `value` and, where its "
+        "lines have them, `metric` and `step`. By default the shapes of verl, slime, TRL and AReaL.",
+        examples=[r"step (?P<step>\d+).* reward (?P<value>[-+.\w]+)"],
+    )
+    wandb_run: str | None = Field(
+        default=None,
+        pattern=r"^[^/\s]+/[^/\s]+/[^/\s]+$",
+        description="Where none of these is set: a run on W&B's servers. The last resort, 15 s late at best. "
+        "Needs wandb_secret.",
+        examples=["entity/project/run_id"],
+    )
+    wandb_secret: SecretSource | None = Field(
+        default=None,
+        description="W&B's API key: a file of mode 0600, or the name of a systemd credential.",
+        examples=["wandb-api-key"],
+    )
+    wandb_url: HttpAddress = Field(
+        default="https://api.wandb.ai", description="The servers, where they are your own."
+    )
     step_key: str | None = Field(
         default=None,
         min_length=1,
@@ -506,6 +562,25 @@ class StreamSettings(Section):
         "usual name that is there.",
         examples=["train/global_step"],
     )
+
+    @model_validator(mode="after")
+    def _readable(self) -> Self:
+        if self.pattern is not None:
+            if self.path is None:
+                raise ValueError("path is missing: pattern is for the text log that it names")
+            try:
+                groups = re.compile(self.pattern).groupindex
+            except re.error as wrong:
+                raise ValueError(f"pattern is no regular expression: {wrong}") from None
+            if "value" not in groups:
+                raise ValueError("pattern needs a group (?P<value>…): what of the line is the number")
+        if self.wandb_run is not None and self.wandb_secret is None:
+            raise ValueError("wandb_secret is missing: wandb_run needs it")
+        return self
+
+    def named(self) -> tuple[str, ...]:
+        """The keys that name a stream, the one that is followed first."""
+        return tuple(key for key in _STREAMS if getattr(self, key) is not None)
 
 
 class RecoverySettings(Section):
@@ -842,33 +917,11 @@ class ClusterSettings(Section):
         return self
 
 
-def _named_secret(source: str, info: ValidationInfo) -> str:
-    """A path or a credential's name; the secret itself, pasted here, is refused and not repeated."""
-    if "://" in source or len(source) > 500 or any(not char.isprintable() for char in source):
-        raise ValueError("must name a file or a credential; the secret itself does not belong here")
-    if "/" in source or source.startswith("~"):
-        return str(_anchor(Path(source), info))
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}", source):
-        raise ValueError("must name a file or a credential; the secret itself does not belong here")
-    return source
-
-
-SecretSource = Annotated[str, AfterValidator(_named_secret)]
 Level = Literal["info", "alert", "call"]
 _LEVEL = (
     'What is sent there: "call" = a person is needed, "alert" = also every incident, "info" = also warnings '
     "and what people did."
 )
-
-
-def _https(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in {"http", "https"} or not parts.hostname or parts.username or parts.password:
-        raise ValueError("must look like https://host/path, without a password in it")
-    return url.rstrip("/")
-
-
-HttpAddress = Annotated[str, AfterValidator(_https)]
 
 
 class AlertsSettings(Section):

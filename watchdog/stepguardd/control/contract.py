@@ -152,12 +152,75 @@ class GpuDict(TypedDict, total=False):
     ecc_uncorrected: int | None
 
 
+class PressureDict(TypedDict):
+    """PSI: the percentage of the last 10 s in which some, or all, processes waited for memory."""
+
+    some_10s: float
+    full_10s: float
+    short: bool
+
+
 class HostDict(TypedDict, total=False):
-    """The machine's memory; `oom_kills` counts the kernel's kills that were seen."""
+    """The machine's memory; `oom_kills` counts the kernel's kills that were seen. Null is unknown."""
 
     available_bytes: int | None
     total_bytes: int | None
     oom_kills: int | None
+    pressure: PressureDict | None
+
+
+class OomSeenDict(TypedDict):
+    """Memory that ran out: whose, how much of it (held, or asked for in vain), where, and how long ago."""
+
+    kind: str
+    role: str
+    server: str | None
+    pid: int | None
+    name: str | None
+    used_bytes: int | None
+    cgroup: str | None
+    gpu: int | None
+    age_s: float
+
+
+class OomDict(TypedDict, total=False):
+    """One source of news about memory: how often since the daemon began (null: it cannot be seen)."""
+
+    count: int | None
+    newest: OomSeenDict | None
+
+
+class LogDict(TypedDict, total=False):
+    """
+    A log that is followed; `server` is null for the trainer's.
+
+    `trouble` says why it is not read. `lines` counts those that meant something; `sign`, `line` and `age_s`
+    are the newest such, where one is remembered. `dropped_bytes` came too fast to be read.
+    """
+
+    server: str | None
+    path: str
+    trouble: str | None
+    lines: int
+    dropped_bytes: int
+    sign: str
+    line: str
+    age_s: float
+
+
+class StreamDict(TypedDict, total=False):
+    """
+    The reward stream that is followed beside the guard; null is unknown.
+
+    `age_s` is the time since a step came, `trouble` says why nothing can be read now.
+    """
+
+    path: str
+    metric: str | None
+    step: int | None
+    reward: float | str | None
+    age_s: float | None
+    trouble: str | None
 
 
 class PageDict(TypedDict, total=False):
@@ -191,6 +254,9 @@ class StatusDict(TypedDict, total=False):
     nodes: list[NodeDict]
     gpus: list[GpuDict] | None
     host: HostDict | None
+    oom: dict[str, OomDict]
+    logs: list[LogDict]
+    stream: StreamDict | None
     unseen: dict[str, str]
     incident: IncidentDict | None
     last_incident: IncidentDict | None

@@ -9,9 +9,7 @@ be asked for. A poll waits for the network, up to `timeout_s`: it belongs in a t
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -35,29 +33,6 @@ Int!) {
   }
 }
 """
-
-
-def read_key(name: str = "secrets_wandb-api-key", file: Path | None = None) -> str:
-    """
-    Read the API key from `file`, else from systemd's credential `name`; never from the configuration or a
-    command line.
-
-    Raises StreamError, which names the place and not the key.
-    """
-    if file is None:
-        folder = os.environ.get("CREDENTIALS_DIRECTORY")
-        if folder is None:
-            raise StreamError(
-                f"no W&B key: name its file in the config, or load the credential {name!r} into the unit"
-            )
-        file = Path(folder) / name
-    try:
-        key = file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as unreadable:
-        raise StreamError(f"{file}: the W&B key cannot be read: {unreadable}") from None
-    if not key:
-        raise StreamError(f"{file}: the W&B key is empty")
-    return key
 
 
 class _LaterError(Exception):
