@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.cells import cell_len
 from rich.console import Console
 
 from shell.fake_daemon import WELL
@@ -316,4 +317,4 @@ ANY_JSON = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False
 def test_any_answer_is_drawn_on_one_screen(status: Any) -> None:
     lines = drawn(status)
     assert len(lines) <= 24
-    assert all(len(line) <= 80 for line in lines)
+    assert all(cell_len(line) <= 80 for line in lines)
