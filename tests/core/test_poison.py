@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 
-from stepguardd.core.commands import MarkPrompts
+import pytest
+
+from stepguardd.core.commands import MarkPrompts, StartServer
 from stepguardd.core.events import OomKind, OomSeen, Role, RolloutsLost
 from stepguardd.core.state import Mode, Settings
 from stepguardd.testing import World
@@ -16,6 +18,11 @@ def crash(world: World, *lost: str, answered: tuple[str, ...] = ()) -> None:
     world.run(0.25)
     world.feed(RolloutsLost(attempt=world.trainer.attempt, began=began, lost=lost, answered=answered))
     assert world.run(600, until=lambda: world.order == "GO" or world.state.lockout is not None)
+
+
+def rungs(world: World) -> list[tuple[tuple[str, str], ...]]:
+    """The changed arguments of each start, where there were any."""
+    return [start.arguments for start in world.all(StartServer) if start.arguments]
 
 
 def marks(world: World) -> list[tuple[tuple[str, ...], str | None]]:
@@ -139,3 +146,56 @@ def test_a_daemon_that_comes_back_marks_the_suspects_again() -> None:
     world.said.clear()
     world.restart_daemon()
     assert marks(world) == [(("a", "b"), None)]
+
+
+@pytest.mark.parametrize("third", [batch(0), ["p3"]])
+def test_the_deaths_of_a_hunt_are_not_taken_for_want_of_memory(third: list[str]) -> None:
+    world = World()
+    world.steps(5)
+    for lost in (batch(0), batch(0), third):
+        crash(world, *lost)
+    assert len(world.all(StartServer)) == 3
+    assert rungs(world) == []
+
+
+def test_a_death_that_no_suspect_explains_may_be_want_of_memory() -> None:
+    world = World()
+    world.steps(5)
+    crash(world, "a", "b")
+    crash(world, "c", "d")
+    assert rungs(world) == [(("--max-running-requests", "32"),)]
+
+
+def test_memory_that_is_seen_to_run_out_in_a_hunt_takes_its_rung() -> None:
+    world = World()
+    world.steps(5)
+    crash(world, *batch(0))
+    crash(world, *batch(0))
+    world.feed(OomSeen(kind=OomKind.CUDA_RUN, role=Role.SERVER, server=world.server().name))
+    crash(world, *batch(0))
+    assert len(rungs(world)) == 1
+
+
+def test_the_batches_of_a_hunt_are_explained_by_its_outages() -> None:
+    """The guard refuses each of them itself; three in a row are otherwise a trouble of their own."""
+    world = World(settings=replace(Settings(), max_refused_batches=2))
+    world.steps(5)
+    for lost in (batch(0, 200), batch(0, 200), batch(32, 16)):
+        began = world.now
+        crash(world, *lost)
+        assert not world.batch(failed=20, refused="failed_fraction", began=began)
+        assert world.gate.reason == "outage"
+        assert (world.state.trip, world.order) == (None, "GO")
+
+
+def test_one_server_of_four_that_dies_explains_the_batches_that_fail_by_it() -> None:
+    world = World("a", "b", "c", "d", settings=replace(Settings(), max_refused_batches=2))
+    world.steps(5)
+    for _ in range(3):
+        began = world.now
+        world.run(1)
+        world.kill("a")
+        world.feed(RolloutsLost(attempt=0, began=began, lost=tuple(batch(0))))
+        assert world.run(600, until=lambda: world.server("a").usable)
+        assert not world.batch(failed=20, refused="failed_fraction", began=began)
+        assert (world.state.trip, world.order) == (None, "GO")

@@ -38,6 +38,8 @@ _NO_DOUBT = frozenset(
 )
 # The batches before it are as good as any: nothing to go back from, and nothing to doubt.
 _NO_GARBAGE = frozenset({Reason.ROLLOUTS_FAILED, Reason.CALLS_HUNG})
+# Such a batch fails of something that is known: it is no sign of another trouble.
+_KNOWN_CAUSE = frozenset({Reason.OUTAGE, Reason.OLD_ATTEMPT})
 _BROKEN_WEIGHTS = frozenset({Reason.LOSS_NOT_FINITE, Reason.GRAD_NOT_FINITE})
 
 
@@ -58,7 +60,11 @@ def reported(turn: Turn, event: BatchReported) -> None:
     elif refusal is Reason.STALE_WEIGHTS:
         for server in turn.state.servers:
             recovery.suspect(turn, server, fleet.Suspicion(reason=refusal, remedy=fleet.Remedy.RECHECK))
-    in_a_row = trainer.refused_in_a_row + 1 if event.refused is not None else 0
+    in_a_row = trainer.refused_in_a_row
+    if event.refused is None:
+        in_a_row = 0
+    elif refusal not in _KNOWN_CAUSE and not _met_a_crash(state, event):
+        in_a_row += 1
     if (
         in_a_row >= state.settings.max_refused_batches
         and holding.healthy(turn.state)
@@ -108,9 +114,8 @@ def calls_hung(turn: Turn, event: CallsHung) -> None:
 def _refusal(turn: Turn, event: BatchReported) -> Reason | None:
     """Why a batch is refused without a look at its reward."""
     state = turn.state
-    if event.refused is not None:
-        known = {reason.value for reason in (Reason.STALE_WEIGHTS, Reason.NO_GROUP)}
-        return Reason(event.refused) if event.refused in known else Reason.FAILED_FRACTION
+    if event.refused == Reason.STALE_WEIGHTS.value:
+        return Reason.STALE_WEIGHTS  # which asks for more than another batch
     if event.attempt < state.trainer.attempt:
         return Reason.OLD_ATTEMPT
     if holding.why_down(state) is not None:
@@ -118,7 +123,15 @@ def _refusal(turn: Turn, event: BatchReported) -> Reason | None:
     ended = state.outage_ended
     if ended is not None and event.began is not None and event.began < ended:
         return Reason.OUTAGE
+    if event.refused is not None:
+        return Reason.NO_GROUP if event.refused == Reason.NO_GROUP.value else Reason.FAILED_FRACTION
     return None
+
+
+def _met_a_crash(state: State, event: BatchReported) -> bool:
+    """Whether a server died under its rollouts, one of several perhaps, which is no outage."""
+    crashed_at = state.suspects.at
+    return crashed_at is not None and event.began is not None and event.began <= crashed_at
 
 
 def _reward_verdict(turn: Turn, event: BatchReported) -> Reason | None:

@@ -6,17 +6,18 @@ sends suspects after all others and few at a time: a crash leaves the wave that 
 Whom a third crash or a later one meets alone is quarantined.
 
 A crash that memory explains accuses nobody: then fewer requests at a time help, and no prompt is to blame.
+And a crash that suspects explain is not taken for a want of memory, nor its batch for a trouble of its own.
 """
 
 from dataclasses import replace
 
+from . import rungs
 from .commands import MarkPrompts
 from .events import RolloutsLost
 from .reasons import Reason
-from .state import Mode, State, Suspects
+from .state import APART_AFTER, Mode, State, Suspects
 from .turn import Turn
 
-APART_AFTER = 2
 SURE_AFTER = 3
 KEPT = 1024
 _NAMED = 5
@@ -47,14 +48,14 @@ def lost(turn: Turn, event: RolloutsLost) -> None:
         _give_back(turn, known)
     if met and known.crashes >= SURE_AFTER and len(known.prompts) == 1:
         _quarantine(turn, known)
-    elif _apart(known) != _apart(before):
+    elif known.apart != before.apart:
         _send_apart(turn, known, told=met)
 
 
 def retell(turn: Turn) -> None:
     """A daemon that comes back marks again what it knows."""
-    if _apart(turn.state.suspects) and turn.state.mode is Mode.ACT:
-        turn.commands.append(MarkPrompts(suspects=_apart(turn.state.suspects)))
+    if turn.state.suspects.apart and turn.state.mode is Mode.ACT:
+        turn.commands.append(MarkPrompts(suspects=turn.state.suspects.apart))
 
 
 def _acquitted(known: Suspects, answered: tuple[str, ...]) -> Suspects:
@@ -65,16 +66,12 @@ def _acquitted(known: Suspects, answered: tuple[str, ...]) -> Suspects:
     return replace(known, lost=lost, earlier=earlier, earlier_crashes=known.earlier_crashes if earlier else 0)
 
 
-def _apart(known: Suspects) -> tuple[str, ...]:
-    return known.prompts if known.crashes >= APART_AFTER else ()
-
-
 def _short_of_memory(state: State, crashed_at: float) -> bool:
     return any(seen.crashed and at > crashed_at - _MEMORY_BEFORE_S for at, seen in state.surroundings.ooms)
 
 
 def _send_apart(turn: Turn, known: Suspects, *, told: bool) -> None:
-    suspects = _apart(known)
+    suspects = known.apart
     if suspects and told:
         rest = len(suspects) - _NAMED
         named = ", ".join(suspects[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
@@ -95,6 +92,7 @@ def _quarantine(turn: Turn, known: Suspects) -> None:
         turn.note("would", Reason.PROMPT_QUARANTINED, f"{text}; would quarantine it in mode act")
         return
     turn.state = replace(turn.state, suspects=Suspects())
+    rungs.explained(turn)
     turn.note(
         "call",
         Reason.PROMPT_QUARANTINED,

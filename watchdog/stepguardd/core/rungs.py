@@ -33,8 +33,16 @@ def suspected(turn: Turn, server: Server, reason: Reason) -> Server:
     return server
 
 
+def explained(turn: Turn) -> None:
+    """The last deaths had another cause than memory."""
+    for server in turn.state.servers:
+        turn.put(_explained(server))
+
+
 def chosen(turn: Turn, server: Server, reason: Reason) -> Server:
     """The server with the limits of its next start, told with their reason."""
+    if turn.state.suspects.apart:
+        server = _explained(server)
     ladder, short, climb = turn.state.settings.ladder, server.short, server.climb
     if short is None:
         higher = memory.up(climb, ladder, turn.now)
@@ -55,6 +63,11 @@ def chosen(turn: Turn, server: Server, reason: Reason) -> Server:
     advice = memory.advice(short.shortage, climb.limits)
     turn.note("action", reason, f"advice for the trainer: {advice}")
     return replace(server, climb=climb, short=None)
+
+
+def _explained(server: Server) -> Server:
+    guessed = server.short is not None and server.short.shortage is Shortage.SUSPECTED
+    return replace(server, short=None) if guessed else server
 
 
 def _flags(climb: memory.Climb) -> str:

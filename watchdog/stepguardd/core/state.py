@@ -567,6 +567,9 @@ class Surroundings:
     memory_short_since: float | None = None
 
 
+APART_AFTER = 2
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suspects:
     """
@@ -597,6 +600,11 @@ class Suspects:
         if self.shared:
             return self.earlier_crashes + 1
         return 1 if self.lost else self.earlier_crashes
+
+    @property
+    def apart(self) -> tuple[str, ...]:
+        """Whom the guard sends apart: to be in flight at one crash is no more than bad luck."""
+        return self.prompts if self.crashes >= APART_AFTER else ()
 
 
 SEEN_KEPT = 16
