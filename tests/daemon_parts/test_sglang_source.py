@@ -295,10 +295,12 @@ def test_a_canary_answered_by_another_process_is_refused() -> None:
     assert asyncio.run(go()) == (False, "another process answers on its port", [])
 
 
-def pushed(folder: Path, answering: Callable[..., Awaitable[None]], version: str = "7") -> tuple[bool, str]:
+def pushed(
+    folder: Path, answering: Callable[..., Awaitable[None]], version: str = "7", pattern: str = "{version}"
+) -> tuple[bool, str]:
     async def go() -> tuple[bool, str]:
         async with Hostile(answering) as server, sglang.client(server.url) as http:
-            outcome = await push(http, pattern=f"{folder}/{{version}}", version=version, timeout_s=QUICK_S)
+            outcome = await push(http, pattern=f"{folder}/{pattern}", version=version, timeout_s=QUICK_S)
             return outcome.ok, outcome.detail
 
     return asyncio.run(go())
@@ -325,6 +327,15 @@ def test_a_push_is_believed_only_when_the_server_says_the_version(tmp_path: Path
         False,
         "the server says it serves version base, not 7",
     )
+
+
+def test_a_number_is_written_with_leading_zeros_where_the_folders_names_have_them(tmp_path: Path) -> None:
+    (tmp_path / "weight_v000007").mkdir()
+    padded = "weight_v{version:06d}"
+    assert pushed(tmp_path, serving("base", "7"), pattern=padded) == (True, "version 7")
+    ok, detail = pushed(tmp_path, serving("base", "default"), version="default", pattern=padded)
+    assert not ok
+    assert detail.startswith("the version 'default' is no number, as weights.path wants it")
 
 
 def test_a_push_of_what_is_there_already_sends_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +22,14 @@ from stepguard.integrations.onlooker import Onlooker
 from stepguard.orders import RollbackRequested, StopRequested
 
 STAND_IN = Path(__file__).parent / "stand_in"
+EXAMPLE = Path(__file__).parents[2] / "examples/slime_arguments.sh"
+
+
+def load(path: str) -> Callable[..., Any]:
+    """As slime's load_function."""
+    module, _, name = path.rpartition(".")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
 
 
 class Prompts:
@@ -201,6 +212,101 @@ def test_stop_and_rollback_end_the_job(args: Any, daemon: VirtualDaemon) -> None
         slime.generate_rollout(args, 9, Prompts())
 
 
+def test_weights_that_slime_pushes_over_a_disk_are_announced_before_the_rollouts(
+    args: Any, daemon: VirtualDaemon, tmp_path: Path
+) -> None:
+    """slime counts anew in a job that was started again: the newest folder is the last one written."""
+    args.update_weight_disk_dir = str(tmp_path / "weights")
+    announced = []
+    generate = args.generate
+
+    async def seen(args: Any, sample: Any, params: Any) -> Any:
+        page = daemon.page.trainer()
+        assert page is not None
+        announced.append(page.weight_version)
+        sample = await generate(args, sample, params)
+        sample.weight_versions = [page.weight_version or "default"]
+        return sample
+
+    args.generate = seen
+    for rollout_id, written in enumerate((None, 7, 8, 1)):
+        if written is not None:
+            folder = tmp_path / f"weights/weight_v{written:06d}"
+            folder.mkdir(parents=True)
+            os.utime(folder, ns=(rollout_id, rollout_id))
+        slime.generate_rollout(args, rollout_id, Prompts())
+    assert announced == [None] * 32 + ["7"] * 32 + ["8"] * 32 + ["1"] * 32
+    assert [batch["refused"] for batch in daemon.of_kind("batch")] == [None] * 4
+    args.partial_rollout = True
+    generated = slime.generate_rollout(args, 4, Prompts())
+    assert generated.samples
+
+
+def test_rollouts_of_other_weights_than_the_pushed_are_refused(
+    args: Any, daemon: VirtualDaemon, time: VirtualTime, tmp_path: Path
+) -> None:
+    """A server that somebody else restarted answers with what it loaded."""
+    args.update_weight_disk_dir = str(tmp_path)
+    (tmp_path / "weight_v000008").mkdir()
+    tries = []
+
+    def judge(batch: dict[str, Any]) -> None:
+        tries.append(batch["refused"])
+        args.now = "8"
+
+    generate, args.now = args.generate, "default"
+
+    async def served(args: Any, sample: Any, params: Any) -> Any:
+        sample = await generate(args, sample, params)
+        sample.weight_versions = [args.now]
+        return sample
+
+    args.generate, daemon.judge = served, judge
+    output = slime.generate_rollout(args, 3, Prompts())
+    assert tries == ["stale_weights", None]
+    assert {version for sample in flat(output.samples) for version in sample.weight_versions} == {"8"}
+
+
+def test_the_examples_lines_guard_a_job_from_its_start_to_its_end(
+    args: Any, daemon: VirtualDaemon, time: VirtualTime
+) -> None:
+    """
+    Its functions, loaded by their paths and called where slime's driver, manager and Megatron step call them.
+
+    `test_slime_run.py` has slime's own code for all of that, where a checkout is at hand.
+    """
+    functions = [load(path) for path in re.findall(r"^  --\S+ (\S+)$", EXAMPLE.read_text(), re.MULTILINE)]
+    rollout, before_step, post_process = functions
+    looks = Onlooker(daemon.run_dir, clock_ns=time.now, sleep=time.sleep, boot_id=BOOT)
+    slime.use(slime.process.guard, onlooker=looks)
+    failing(args, 5)
+
+    def judge(batch: dict[str, Any]) -> str | None:
+        if len(daemon.of_kind("batch")) != 3:
+            return None
+        time.after(20, lambda: daemon.order(Order.GO))
+        return "outage"
+
+    daemon.judge = judge
+    prompts, taken = Prompts(), []
+    for rollout_id in range(5):
+        output = rollout(args, rollout_id, prompts, evaluation=False)
+        samples = flat(output.samples)
+        raw, advantages = post_process(args, samples)
+        assert len(raw) == len(advantages) == len(samples) == 32
+        if rollout_id == 3:  # rolled out, and not yet trained on
+            daemon.order(Order.HOLD, "server_dead")
+            time.after(30, lambda: daemon.order(Order.GO))
+        began = time.ns
+        before_step(args, rollout_id, 0, [], None, None)
+        taken.append((rollout_id, sum(sample.remove_sample for sample in samples), (time.ns - began) >= 30e9))
+    looks.close()
+    assert taken == [(0, 1, False), (1, 0, False), (2, 0, False), (3, 0, True), (4, 0, False)]
+    refused = [batch["step"] for batch in daemon.of_kind("batch")]
+    assert refused == [0, 1, 2, 2, 3, 4], "the third batch is refused, and rolled out again"
+    assert [step["step"] for step in daemon.of_kind("step")] == [0, 1, 2, 3]
+
+
 @pytest.fixture
 def onlooker(daemon: VirtualDaemon, time: VirtualTime) -> Iterator[Onlooker]:
     made = Onlooker(daemon.run_dir, clock_ns=time.now, sleep=time.sleep, boot_id=BOOT)
@@ -291,6 +397,17 @@ def test_the_frameworks_call_what_is_here(framework: str) -> None:
         word for word in ("FAILED = ", "ABORTED = ") if word in sample.text
     }
     assert sample.parameters("Sample.get_reward_value") == ["self", "args"]
+
+
+def test_slimes_driver_pushes_before_it_asks_for_rollouts_and_names_its_folders_so() -> None:
+    driver = source("slime", "train.py").calls("train")
+    pushes = [at for at, call in enumerate(driver) if call == "actor_model.update_weights()"]
+    asks = [at for at, call in enumerate(driver) if call.startswith("rollout_manager.generate.remote(")]
+    trains = [at for at, call in enumerate(driver) if call.startswith("actor_model.async_train(rollout_id")]
+    assert len(pushes) == 2
+    assert pushes[0] < asks[0] < trains[0] < pushes[1]
+    group = source("slime", "slime/ray/actor_group.py").text
+    assert 'Path(self.args.update_weight_disk_dir) / f"weight_v{weight_version:06d}"' in group
 
 
 @pytest.mark.parametrize("framework", ["slime", "miles"])

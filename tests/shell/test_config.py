@@ -72,6 +72,10 @@ def complaint(folder: Path, text: str, **more: object) -> str:
         ("x = ", "c.toml:1: is not TOML: Invalid value"),
         ('[run]\nx = "', "c.toml:2: is not TOML: "),
         ('[weights]\npath = "/w"', "c.toml:2: weights.path must contain {version}"),
+        (
+            '[weights]\npath = "/w/{version:6}"',
+            "c.toml:2: weights.path must contain {version} or {version:06d}",
+        ),
         ('[run]\nname = "../x"', "c.toml:2: run.name must match pattern"),
     ],
 )

@@ -5,7 +5,8 @@
 #   tools/frameworks/get.sh newest     today's newest releases of the same: then run tests/frameworks, and when they
 #                                      are green write what it printed into versions.txt
 #   tools/frameworks/get.sh checkouts  also slime and prime-rl, which have no release: from GitHub, or from
-#                                      $FRAMEWORK_SOURCES/<name>, a git repository, where that is set
+#                                      $FRAMEWORK_SOURCES/<name>, a git repository, where that is set; and the
+#                                      router that a run of slime starts
 # CI takes the releases that are written down, so that it is not another project's release that turns it red.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -30,6 +31,7 @@ rm -rf .frameworks/wheel .frameworks/needs
 # What has to be there to import their base classes without a GPU; torch and ray are in .venv.
 "$python" -m pip install --quiet --no-deps --target .frameworks/needs -r "$tools/needs.txt"
 [ "$which" = checkouts ] || exit 0
+"$python" -m pip install --quiet --no-deps --upgrade --target .frameworks/needs sglang-router==0.3.2 setproctitle==1.3.8
 for repository in THUDM/slime PrimeIntellect-ai/prime-rl; do
   name=${repository#*/}
   rm -rf ".frameworks/$name" .frameworks/clone

@@ -131,7 +131,8 @@ async def gather(
     failures = [outcome.exception for outcome in outcomes.values() if isinstance(outcome, Aborted)]
     for failure in failures:
         log.note(failure)
-    log.summary(failures, len(outcomes))
+    if len(outcomes) > 1:  # of one alone everything was said
+        log.summary(failures, len(outcomes))
     for at, item in enumerate(shape):
         why = Withheld("quarantined") if turns is not None and at in turns.withheld else NotSent()
         for leaf in _leaves([item]):

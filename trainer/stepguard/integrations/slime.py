@@ -86,6 +86,9 @@ def generate_rollout(args: Any, rollout_id: int, data_source: Any, evaluation: b
         with guard.phase(Phase.EVAL):
             return rollout(args, rollout_id, data_source, evaluation=True)
     _report_step(guard)
+    version = _pushed(args)
+    if version is not None:
+        guard.weights(version)
     while True:
         with guard.rollouts(rollout_id):
             output = rollout(args, rollout_id, data_source, evaluation=False)
@@ -230,6 +233,22 @@ def _report_step(guard: Guard) -> None:
         step, reward = process.handed_over
         process.handed_over = None
         guard.after_step(step, reward=reward, metrics=process.metrics)
+
+
+def _pushed(args: Any) -> str | None:
+    """
+    The version that slime pushed last, where it pushes over a disk and keeps what it wrote.
+
+    It pushes before it asks for rollouts, and counts anew in a job that was started again: the newest folder
+    is the one that was written last. Of partial rollouts, which may begin before a push, nothing is said.
+    """
+    folder = getattr(args, "update_weight_disk_dir", None)
+    if not folder or getattr(args, "partial_rollout", False):
+        return None
+    from pathlib import Path  # noqa: PLC0415 - for pushes over a disk alone
+
+    written = [(place.stat().st_mtime_ns, place.name) for place in Path(folder).glob("weight_v[0-9]*")]
+    return str(int(max(written)[1].removeprefix("weight_v"))) if written else None
 
 
 def _admitted(guard: Guard, args: Any, rollout_id: int, groups: Any) -> bool:

@@ -239,6 +239,7 @@ async def server_info(request: web.Request) -> web.Response:
     return web.json_response(
         {
             **asdict(state.settings),
+            "enable_memory_saver": False,
             "launch_command": state.launch_command,
             "version": VERSION,
             "status": "ready" if state.up else "not_ready",
@@ -352,7 +353,12 @@ async def _generate_one(
     if body.get("return_logprob"):
         pairs = zip(done["log_probs"], done["output_ids"], strict=True)
         meta["output_token_logprobs"] = [[log_prob, token, None] for log_prob, token in pairs]
-    return {"output_ids": done["output_ids"], "meta_info": meta}
+    # There is no tokenizer: the text is the ids, in words.
+    return {
+        "text": " ".join(map(str, done["output_ids"])),
+        "output_ids": done["output_ids"],
+        "meta_info": meta,
+    }
 
 
 def _seeded(sampling: Sampling, copy: int) -> Sampling:

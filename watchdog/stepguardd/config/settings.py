@@ -711,16 +711,20 @@ class WeightsSettings(Section):
     )
     path: str | None = Field(
         default=None,
-        description="Where the weights of a version lie, with {version} in its place: then the daemon pushes "
-        "them by itself. By default the trainer is asked to.",
-        examples=["/srv/weights/{version}"],
+        description="Where the weights of a version lie, with {version} in its place, or {version:06d} where "
+        "numbers are written with leading zeros: then the daemon pushes them by itself. By default the "
+        "trainer is asked to.",
+        examples=["/srv/weights/{version}", "/srv/weights/weight_v{version:06d}"],
     )
 
     @field_validator("path")
     @classmethod
     def _only_version(cls, path: str | None) -> str | None:
-        if path is not None and ("{version}" not in path or set(path.replace("{version}", "")) & set("{}")):
-            raise ValueError("must contain {version} and no other braces")
+        if path is None:
+            return path
+        rest, versions = re.subn(r"\{version(:0\d+d)?\}", "", path)
+        if not versions or set(rest) & set("{}"):
+            raise ValueError("must contain {version} or {version:06d}, and no other braces")
         return path
 
 

@@ -44,7 +44,7 @@ async def push(
 
     Args:
         http: the server's client.
-        pattern: the folder of a version, with `{version}` in its place.
+        pattern: the folder of a version, with `{version}` in its place, or `{version:06d}` for a number.
         version: the version that the trainer holds.
         timeout_s: for the load.
         base: the folder that the server's own command names, where it is one on this machine.
@@ -53,7 +53,9 @@ async def push(
     """
     if "/" in version or version in {"", ".", ".."}:
         return failed(f"the version {version!r} cannot be a folder's name")
-    folder = Path(pattern.replace("{version}", version))
+    if "{version:" in pattern and not version.isdecimal():
+        return failed(f"the version {version!r} is no number, as weights.path wants it ({pattern})")
+    folder = Path(pattern.format(version=int(version) if "{version:" in pattern else version))
     if not folder.is_dir():
         return failed(f"{folder} is not there; check weights.path")
     info = await request(http, "GET", "/model_info", timeout_s=_INFO_TIMEOUT_S)
