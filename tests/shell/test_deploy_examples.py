@@ -221,3 +221,11 @@ def test_kubernetes_would_take_every_object(path: Path) -> None:
         validate(document, "1.29", strict=True)
         with pytest.raises(ValidationError, match="no_such_key"):
             validate({**document, "no_such_key": 1}, "1.29", strict=True)
+
+
+def test_one_container_is_started_alike_by_both_engines() -> None:
+    """Compose's command is what is tried in a container (tests/supervised/test_container.py)."""
+    (compose,) = documents(EXAMPLES / "compose.yaml")
+    jobs = [one for one in documents(EXAMPLES / "kubernetes-exec.yaml") if one["kind"] == "Job"]
+    (container,) = jobs[0]["spec"]["template"]["spec"]["containers"]
+    assert container["command"] == compose["services"]["train"]["command"]

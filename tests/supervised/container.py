@@ -85,7 +85,12 @@ class Container:
 
     def run(self, *command: str) -> None:
         """A command inside, which has to succeed."""
-        done = subprocess.run(
+        done = self.asked(*command)
+        assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}{done.stdout}\n{self.story()}"
+
+    def asked(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """A command inside, whatever comes of it."""
+        return subprocess.run(
             ["nsenter", "-t", str(self.init), "-m", "-p", "-u", "-i", *command],
             capture_output=True,
             text=True,
@@ -94,7 +99,6 @@ class Container:
             env={"PATH": os.environ["PATH"], "LANG": "C.UTF-8"},
             check=False,
         )
-        assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}{done.stdout}\n{self.story()}"
 
     def path(self, inside: Path | str) -> Path:
         """A file of the inside, as the host sees it."""

@@ -1,17 +1,19 @@
 """
 A whole incident in a container: no systemd, no kernel log, none of the host's processes.
 
-`stepguard exec` is process 1 there, the server is its daemon's child, the trainer is the reference one, and
-what must outlive the container is on a volume. Everything is real.
+`stepguard exec` is process 1 there, by the command of compose.yaml; the server is its daemon's child, the
+trainer is the reference one, and what must outlive the container is on a volume. Everything is real.
 """
 
 import contextlib
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 
 from grpo.server_process import SCHEDULER, free_port
 from requirements import require
@@ -22,6 +24,8 @@ from supervised.container import VOLUME, Container, container, why_not
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 STEPS = 80
+EXAMPLES = Path(__file__).parents[2] / "docs/deploy/examples"
+COMPOSE = yaml.safe_load((EXAMPLES / "compose.yaml").read_text())["services"]["train"]
 RUN_DIR = Path("/run/stepguard/night")
 
 CONFIG = """
@@ -62,12 +66,23 @@ def volume(tmp_path: Path) -> Path:
     return folder
 
 
+def shown(words: Sequence[str]) -> list[str]:
+    """A command of compose.yaml, with the program and the configuration of this machine."""
+    here = {
+        "stepguard": [sys.executable, "-m", "stepguardd"],
+        "/etc/stepguard/run.toml": [f"{VOLUME}/run.toml"],
+    }
+    return [word for one in words for word in here.get(one, [one])]
+
+
 def command(volume: Path) -> list[str]:
-    """The container's command, as docs/deploy/containers.md shows it."""
+    """compose.yaml's own, for the reference trainer."""
     trainer = [sys.executable, "-m", "stepguard_grpo.train", "--server-url", (volume / "url").read_text()]
     trainer += ["--run-root", f"{VOLUME}/run", "--steps", str(STEPS), "--min-step-s", "0.1", "--no-wandb"]
-    stepguard = [sys.executable, "-m", "stepguardd", "exec", "--config", f"{VOLUME}/run.toml", "--wait"]
-    return [*stepguard, "--json", "--", *trainer]
+    words = shown(COMPOSE["command"])
+    at = words.index("--")
+    assert words[at:] == ["--", "python", "train.py"]
+    return [*words[:at], "--json", "--", *trainer]
 
 
 def steps(volume: Path) -> int:
@@ -107,6 +122,15 @@ def test_an_incident_in_a_container_ends_well_and_its_report_outlives_it(volume:
         before = running.status(RUN_DIR)
         assert "/dev/kmsg" in before["unseen"]["kernel log"]
         assert before["incidents"] == 0
+
+        # compose.yaml's health check: a held run is unhealthy, and nothing is restarted for that.
+        check = shown(COMPOSE["healthcheck"]["test"][1:])
+        assert check[-3:] == ["--run-dir", str(RUN_DIR), "--json"]
+        running.run(*check)
+        running.run(*shown(["stepguard", "pause", "--run-dir", str(RUN_DIR)]))
+        assert running.asked(*check).returncode == 1
+        running.run(*shown(["stepguard", "resume", "--run-dir", str(RUN_DIR)]))
+        running.until(lambda: running.asked(*check).returncode == 0, "it is healthy again")
 
         # The parent dies and leaves its scheduler an orphan, which is process 1's to find.
         (server,), (scheduler,) = before["servers"], schedulers(running)
