@@ -64,6 +64,16 @@ def test_kills_in_two_cgroups_are_two() -> None:
     assert len(world.state.surroundings.ooms) == 2
 
 
+def test_nobody_hears_of_a_stranger_at_a_limit_of_their_own() -> None:
+    """On a shared machine others are killed all day; a machine that is out of memory is everybody's."""
+    world = World()
+    world.feed(OomSeen(kind=OomKind.KERNEL_CGROUP, role=Role.OTHER, pid=7, cgroup="/theirs"))
+    assert world.told("warning") == []
+    world.feed(OomSeen(kind=OomKind.KERNEL_HOST, role=Role.OTHER, pid=8))
+    world.feed(OomSeen(kind=OomKind.KERNEL_CGROUP, role=Role.UNKNOWN, pid=9, cgroup="/whose"))
+    assert len(world.told("warning")) == 2
+
+
 @pytest.mark.parametrize("sign", [Sign.SCHEDULER_EXCEPTION, Sign.SCHEDULER_CRASHED, Sign.CHILD_FAILED])
 def test_a_crash_told_by_the_log_holds_at_once_and_kills_nothing_that_generates(sign: Sign) -> None:
     world = World()

@@ -34,6 +34,7 @@ from stepguardd.core.events import (
 )
 from stepguardd.core.signs import Sign
 from stepguardd.core.state import Mode, Server, Settings, State, initial
+from stepguardd.sources.cgroups import names_are_the_kernels
 from stepguardd.sources.gpu import GpuSense
 from stepguardd.sources.kmsg import KernelLog, KernelLogError, KernelMessage, open_kernel_log
 from stepguardd.sources.nvml import Gpu, GpuError, GpuLook, GpuProcess, Xid
@@ -412,6 +413,26 @@ def test_a_real_kernel_kill_names_the_server_by_the_log_and_by_the_cgroup(tmp_pa
         (OomKind.KERNEL_CGROUP, Role.SERVER, "left"),
         (OomKind.CGROUP_COUNTER, Role.SERVER, "left"),
     }
+
+
+def test_a_real_kernel_kill_of_a_stranger_is_known_as_a_strangers(tmp_path: Path) -> None:
+    """Another's process meets another's limit: counted, and nothing that this run would be told of."""
+    run = Run(tmp_path)
+    run.own(os.getpid())
+    eat = "import sys; sys.stdin.read(1); eaten = []\nwhile True: eaten.append(bytearray(1 << 20))"
+    with (
+        limited_memory_cgroup(64 << 20) as cgroup,
+        subprocess.Popen([sys.executable, "-c", eat], stdin=subprocess.PIPE) as eater,
+    ):
+        (cgroup.folder / "cgroup.procs").write_text(str(eater.pid))
+
+        def killed() -> list[OomSeen]:
+            return [one for one in run.told if isinstance(one, OomSeen) and one.pid == eater.pid]
+
+        run.watch(lambda _: eater.communicate(b"x", timeout=20), lambda _: killed(), open_kernel_log)
+    # A container may see its cgroups by other names than the kernel's log has.
+    role = Role.OTHER if names_are_the_kernels(Path("/proc")) else Role.UNKNOWN
+    assert [(kill.kind, kill.role, kill.server) for kill in killed()] == [(OomKind.KERNEL_CGROUP, role, None)]
 
 
 def test_a_trainer_that_is_stopped_for_good_is_started_again(tmp_path: Path) -> None:

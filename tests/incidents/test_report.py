@@ -5,19 +5,37 @@ import json
 import re
 from contextlib import closing
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from daemon_parts.test_journal import Recording, written
 from stepguardd.cli import main
 from stepguardd.core.diagnosis import Cause
-from stepguardd.core.events import OomKind, OomSeen, Role
+from stepguardd.core.events import (
+    Answer,
+    CallsHung,
+    Event,
+    GenerationAsked,
+    GpuTrouble,
+    GpuTroubled,
+    LogSeen,
+    MemoryPressed,
+    OomKind,
+    OomSeen,
+    RequestsFailed,
+    Role,
+    SchedulerAsked,
+    StepCommitted,
+)
+from stepguardd.core.reasons import Reason
+from stepguardd.core.signs import Sign
 from stepguardd.core.state import Settings
 from stepguardd.incidents.collected import Collected, LogSpan, read_collected, write_collected
 from stepguardd.incidents.folders import folder_of, keep_few, kept
-from stepguardd.incidents.markdown import as_markdown
+from stepguardd.incidents.markdown import as_markdown, shown_lines
 from stepguardd.incidents.passage import has_notice
-from stepguardd.incidents.report import Report, ReportError, _ours, build
+from stepguardd.incidents.report import Report, ReportError, build, without_strangers
 from stepguardd.incidents.slices import LogSlice, cut_out, metric_figures
 from stepguardd.incidents.writing import write_report
 from stepguardd.journal import Journal
@@ -78,7 +96,7 @@ def test_it_tells_what_happened_in_order_across_the_planes(report: Report) -> No
     told = [moment.text for moment in report.moments]
     order = [
         next(at for at, text in enumerate(told) if part in text)
-        for part in ("taken, reward", "ended", "held: server_died", "start of s done", "well again")
+        for part in ("taken, reward", "ended", "held: server died", "start of s done", "well again")
     ]
     assert order == sorted(order)
 
@@ -126,6 +144,8 @@ def test_nothing_secret_and_no_markup_gets_into_it(report: Report, state_dir: Pa
     assert "<script>alert" not in body
     assert html.escape("<script>alert(1)</script>") in body
     assert not re.findall(r'<(?:link|img|script)[^>]+(?:src|href)="(?!data:)', body), "nothing is fetched"
+    assert "<script" not in page, "a page without a script can be opened anywhere"
+    assert len(page) < 100_000, "small enough for a mail or a ticket"
 
 
 def test_the_folder_has_everything_that_the_report_names(report: Report, state_dir: Path) -> None:
@@ -282,9 +302,17 @@ def test_a_kill_of_a_stranger_is_no_evidence(report: Report, pid: str, is_ours: 
     """The kernel tells of every kill on the machine."""
     ours = {str(known.pid) for *_, after in report.passage.walk() for s in after.servers for known in s.procs}
     victim = min(ours) if is_ours else pid
-    line = f"[     1.000000] Out of memory: Killed process {victim} (python) total-vm:9kB"
-    log = LogSlice(name="kernel", path="/dev/kmsg", lines=(line,), before=1)
-    assert bool(_ours(log, report.passage)[0]) is is_ours
+    lines = (
+        "[     0.900000] python: invoked oom-killer: gfp_mask=0xcc0(GFP_KERNEL), order=0, oom_score_adj=0",
+        f"[     1.000000] Out of memory: Killed process {victim} (python) total-vm:9kB",
+        "[     1.100000] NVRM: Xid (PCI:0000:3b:00): 79, pid=1, GPU has fallen off the bus.",
+    )
+    signs = ((1, "host_oom_kill", None), (2, "xid", None))
+    log = LogSlice(name="kernel", path="/dev/kmsg", lines=lines, before=2, signs=signs)
+    found = without_strangers(log, report.passage)
+    assert found.lines == (lines if is_ours else lines[2:])
+    assert found.before == (2 if is_ours else 0)
+    assert found.signs == (signs if is_ours else ((0, "xid", None),))
 
 
 def test_a_writer_waits_for_the_row_that_ends_the_incident(state_dir: Path) -> None:
@@ -312,3 +340,95 @@ def test_the_kernels_kill_in_the_run_is_evidence_and_a_strangers_is_none(tmp_pat
     told = [line for line in found.supporting if "the kernel killed for memory" in line]
     assert len(told) == 1
     assert "in cgroup /ours, where the trainer runs" in told[0]
+
+
+def test_a_timeline_is_told_in_sentences(tmp_path: Path) -> None:
+    """No event by its name, no reason by its code; what is told again and again is told once."""
+    world = Recording()
+    world.steps(12)
+    world.kill()
+    for count in (8, 16, 32, 0):
+        world.feed(RequestsFailed(attempt=0, in_a_row=count, error="ConnectionRefusedError api_key=abc"))
+    world.feed(SchedulerAsked(server="s", info=Answer.TIMEOUT, waited_s=5.0))
+    world.feed(GenerationAsked(server="s", answer=Answer.TIMEOUT, waited_s=10.0))
+    for _ in range(3):
+        world.feed(LogSeen(sign=Sign.NCCL_ERROR, server="s", line="NCCL WARN Call to ibv failed"))
+    world.feed(LogSeen(sign=Sign.READY, server="s", line="The server is fired up and ready to roll!"))
+    world.feed(MemoryPressed(short=True, some_10s=40.0, full_10s=10.0))
+    world.feed(MemoryPressed(short=False, some_10s=0.0, full_10s=0.0))
+    world.feed(GpuTroubled(trouble=GpuTrouble.XID, gpu=3, number=79, text="GPU 3 reported Xid 79"))
+    world.feed(CallsHung(attempt=0, what="grade", failed=40, calls=64))
+    world.feed(OomSeen(kind=OomKind.KERNEL_CGROUP, role=Role.OTHER, name="a-stranger", cgroup="/theirs"))
+    world.run(30)
+    world.steps(6)
+    written(tmp_path / "journal.db", world.rows)
+    report = build(Collected(run="math", incident=1, journal=str(tmp_path / "journal.db")), None)
+    told = [moment.text for moment in report.moments]
+    names = [kind.__name__ for kind in get_args(Event)]
+    codes = [code.value for code in Reason if "_" in code]
+    assert [text for text in told if any(word in text for word in (*names, *codes))] == []
+    assert [text for text in told if "a-stranger" in text] == []
+    for sentence in (
+        "32 requests in a row of the trainer failed: ConnectionRefusedError api_key=<secret>",
+        "the trainer's requests are answered again",
+        "the scheduler of s gave no answer for 5.0 s (timeout)",
+        "s gave no token for 10.0 s (timeout)",
+        "nobody waits for memory any more",
+        "GPU 3 reported Xid 79",
+        "40 of 64 calls hung at once: grade",
+        "s is being restarted (server died)",
+    ):
+        assert told.count(sentence) == 1, (sentence, told)
+    assert [text for text in told if "NCCL" in text] == [
+        "log: NCCL WARN Call to ibv failed (and 2 more like it)"
+    ]
+    assert not any("fired up" in text for text in told)
+
+
+def test_a_traceback_is_told_by_its_end() -> None:
+    log = LogSlice(
+        name="trainer",
+        path="/t.log",
+        lines=(
+            "2026-11-26 02:52:38 ERROR it failed",
+            "Traceback (most recent call last):",
+            *(
+                line
+                for n in range(5)
+                for line in (f'  File "a.py", line {n}, in f{n}', f"    f{n + 1}()", "    ^^")
+            ),
+            "ValueError: no",
+            "it goes on",
+        ),
+        before=0,
+    )
+    _, shown, _, hidden = shown_lines(log)
+    assert shown == [
+        "2026-11-26 02:52:38 ERROR it failed",
+        "Traceback (most recent call last):",
+        "  … 4 frames",
+        '  File "a.py", line 4, in f4',
+        "    f5()",
+        "    ^^",
+        "ValueError: no",
+        "it goes on",
+    ]
+    assert hidden == 0
+
+
+def test_what_no_log_explains_is_said_to_come_from_outside(report: Report) -> None:
+    assert any("the log of s says it" in step for step in report.steps)
+
+
+def test_steps_that_a_relaunch_takes_again_are_part_of_the_cost(tmp_path: Path) -> None:
+    """The reference run was at step 36 and goes on from 20: sixteen steps are taken a second time."""
+    world = Recording()
+    world.steps(36)
+    world.kill()
+    world.run(30)
+    world.attempt = 1
+    for step in range(21, 25):
+        world.feed(StepCommitted(attempt=1, step=step, reward=0.5))
+    written(tmp_path / "journal.db", world.rows)
+    cost = build(Collected(run="math", incident=1, journal=str(tmp_path / "journal.db")), None).cost
+    assert cost.steps_again == 16

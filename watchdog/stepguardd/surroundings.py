@@ -33,8 +33,15 @@ from .core.events import (
     Role,
 )
 from .core.state import State
+from .core.surroundings import overlap
 from .oneline import utf8
-from .sources.cgroups import KillCounter, Pressure, memory_pressure, pressure_warning
+from .sources.cgroups import (
+    KillCounter,
+    Pressure,
+    memory_pressure,
+    names_are_the_kernels,
+    pressure_warning,
+)
 from .sources.gpu import GpuSense, Headroom, strangers
 from .sources.kmsg import JOURNALD, KMSG, KernelLog, KernelLogError, open_kernel_log
 from .sources.logs import LogError, LogFollower, LogMatch
@@ -491,7 +498,7 @@ class _Kills:
                 self.close()
                 told = ()
             self.seen = (self.seen or 0) + sum(kill.count for kill in told)
-            kills += [replace(kill, server=self._owners.of(kill.pid)[1]) for kill in told]
+            kills += [self._with_owner(kill) for kill in told]
         elif self._counters:
             self.seen = (self.seen or 0) + sum(kill.count for kill in kills)
         return kills
@@ -501,6 +508,20 @@ class _Kills:
         if self._kernel_log is not None:
             self._kernel_log.close()
         self._kernel_log, self._sense = None, None
+
+    def _with_owner(self, kill: OomSeen) -> OomSeen:
+        """Whose it was; a stranger's in a cgroup that none of ours is in, nor in which one of ours is."""
+        role, server = self._owners.of(kill.pid)
+        ours = [cgroup.name for cgroup in self._cgroups.values() if cgroup is not None]
+        stranger = (
+            role is Role.UNKNOWN
+            and kill.kind is OomKind.KERNEL_CGROUP
+            and kill.cgroup is not None
+            and bool(ours)
+            and names_are_the_kernels(self._proc)
+            and not any(overlap(kill.cgroup, name) for name in ours)
+        )
+        return replace(kill, role=Role.OTHER if stranger else kill.role, server=server)
 
     def _begin(self) -> None:
         try:

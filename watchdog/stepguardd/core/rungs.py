@@ -13,6 +13,9 @@ from .reasons import Reason
 from .state import Server
 from .turn import Turn
 
+ADVICE = "advice for the trainer: "
+"""How a note begins that is for whoever set the trainer up."""
+
 _RELAPSES = frozenset({Reason.SERVER_DIED, Reason.SERVER_HUNG})
 
 
@@ -61,7 +64,7 @@ def chosen(turn: Turn, server: Server, reason: Reason) -> Server:
         text = f"{server.name} ran out of {short.shortage.value}: {rung.words}"
         turn.note("action", reason, text)
     advice = memory.advice(short.shortage, climb.limits)
-    turn.note("action", reason, f"advice for the trainer: {advice}")
+    turn.note("action", reason, f"{ADVICE}{advice}")
     return replace(server, climb=climb, short=None)
 
 

@@ -122,7 +122,7 @@ def _out_of_memory(turn: Turn, event: OomSeen) -> None:
     around = turn.state.surroundings
     ooms, news = _kept(around.ooms, event, turn.now, _join_ooms)
     turn.state = replace(turn.state, surroundings=replace(around, ooms=ooms))
-    if news:
+    if news and not _strangers(event):
         whose = event.server or event.name or _WHOSE[event.role]
         if event.kind is OomKind.CGROUP_COUNTER and event.role is not Role.UNKNOWN:
             whose = f"a process of {whose}"  # which one the counter does not say
@@ -130,6 +130,11 @@ def _out_of_memory(turn: Turn, event: OomSeen) -> None:
         held = "" if event.used_bytes is None else f", {_size(event.used_bytes)}"
         where = "" if event.cgroup is None else f", cgroup {event.cgroup}"
         turn.note("warning", _OOM_REASONS[event.kind], f"{_OOM_WORDS[event.kind]} {whose}{pid}{held}{where}")
+
+
+def _strangers(event: OomSeen) -> bool:
+    """Whether somebody else met a limit of their own: nothing that this run would feel."""
+    return event.kind is OomKind.KERNEL_CGROUP and event.role is Role.OTHER
 
 
 def _join_ooms(known: OomSeen, event: OomSeen) -> OomSeen | None:
@@ -141,7 +146,7 @@ def _join_ooms(known: OomSeen, event: OomSeen) -> OomSeen | None:
     kinds = {known.kind, event.kind}
     if kinds == {OomKind.KERNEL_CGROUP, OomKind.CGROUP_COUNTER}:
         victim, counter = (known, event) if known.kind is OomKind.KERNEL_CGROUP else (event, known)
-        if not _overlap(victim.cgroup, counter.cgroup):
+        if not overlap(victim.cgroup, counter.cgroup):
             return None
         return replace(victim, server=victim.server or counter.server, count=max(known.count, event.count))
     if len(kinds) > 1:
@@ -152,7 +157,7 @@ def _join_ooms(known: OomSeen, event: OomSeen) -> OomSeen | None:
     return replace(event, count=known.count + event.count)
 
 
-def _overlap(one: str | None, other: str | None) -> bool:
+def overlap(one: str | None, other: str | None) -> bool:
     """Whether two cgroups are the same or one lies in the other; unknown may be any."""
     if one is None or other is None:
         return True

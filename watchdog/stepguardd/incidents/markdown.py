@@ -2,15 +2,16 @@
 
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import groupby
 from typing import Final
 
 from ..core.diagnosis import NAMES, Hypothesis
 from ..sparkline import sparkline
-from .report import Report, plain, seconds
+from .report import Report
 from .slices import LogSlice
+from .words import plain, seconds
 
 _WIDTH: Final = 80
 _CAUSES_SHOWN: Final = 4
@@ -28,7 +29,7 @@ def as_markdown(report: Report) -> str:
         _fill(" ".join(report.summary)),
         _list(f"{label}: {value}" for label, value in headline(report)),
         "## What to do",
-        _list(report.steps),
+        _list([*report.steps, *report.advice]),
         _commands(report),
         "## The reward",
         _curve(report),
@@ -82,7 +83,7 @@ def costs(report: Report) -> list[str]:
     if cost.steps_lost is not None and cost.step_s is not None:
         lines.append(
             f"Steps lost: {cost.steps_lost:.1f} (a step took {seconds(cost.step_s)}; "
-            f"batches generated anew: {cost.refused_batches})"
+            f"steps taken again: {cost.steps_again}; batches generated anew: {cost.refused_batches})"
         )
     else:
         lines.append(f"Batches refused: {cost.refused_batches}")
@@ -131,7 +132,7 @@ def action_rows(report: Report) -> list[tuple[str, str, str, str]]:
             f"{action.after_s:+.2f} s",
             action.name,
             seconds(action.took_s),
-            f"{ends[action.ok]}: {action.detail}",
+            ends[action.ok] + (f": {action.detail}" if action.detail else ""),
         )
         for action in report.actions
     ]
@@ -146,12 +147,35 @@ def shown_lines(log: LogSlice) -> tuple[list[str], list[str], int, int]:
 
 
 def _folded(lines: Sequence[str]) -> list[str]:
-    """A line that comes again and again, once, with its number."""
+    """A line that comes again and again, once, with its number; of a traceback the end."""
     folded: list[str] = []
-    for _, same in groupby(lines, key=lambda line: _STAMP.sub("", line)):
+    for _, same in groupby(_without_frames(lines), key=lambda line: _STAMP.sub("", line)):
         first, *others = same
         folded.append(f"{first}   [{len(others) + 1} times]" if others else first)
     return folded
+
+
+def _without_frames(lines: Sequence[str]) -> Iterator[str]:
+    """
+    A log whose tracebacks are told by their last frame and their exception: the rest is how Python got there.
+
+    A frame is the line that names it, and what of its source is indented further.
+    """
+    at = 0
+    while at < len(lines):
+        yield lines[at]
+        at += 1
+        if not lines[at - 1].endswith("Traceback (most recent call last):"):
+            continue
+        frames = []
+        while at < len(lines) and lines[at].startswith("  "):
+            if lines[at].lstrip().startswith("File "):
+                frames.append(at)
+            at += 1
+        if len(frames) > 1:
+            yield f"  … {len(frames) - 1} frames"
+        if frames:
+            yield from lines[frames[-1] : at]
 
 
 def _commands(report: Report) -> str:
@@ -166,7 +190,12 @@ def _curve(report: Report) -> str:
     steps = report.curve.steps
     known = [value for value in values if value is not None]
     line = sparkline(values)
-    told = f"steps {steps[first]} to {steps[last - 1]}"
+    told = ", then ".join(
+        f"steps {steps[rows[0]]} to {steps[rows[-1]]}"
+        for rows in (
+            [*group] for _, group in groupby(range(first, last), key=lambda row: report.curve.attempts[row])
+        )
+    )
     if known:
         told += f", {min(known):.3g} to {max(known):.3g}"
     mark = ""

@@ -1,34 +1,28 @@
 """
-The report as one HTML page: nothing is fetched, it prints well, and follows the reader's light or dark.
+The report as one HTML page: no script, nothing is fetched, it prints well, and follows the reader's light or
+dark. Small enough for a mail or a ticket.
 
 Whatever came out of a log, a name or a config is text on the page, never markup.
 """
 
 import html
-import json
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from math import isfinite
 from pathlib import Path
 from typing import Final
 
 from ..core.diagnosis import NAMES, Hypothesis
-from ..curves import script
+from .chart import picture
 from .markdown import action_rows, costs, shown_lines, sources, window, worth_showing
-from .report import Report, plain, seconds
+from .report import Report
 from .slices import LogSlice
+from .words import seconds
 
 _STAGES: Final = {"closed": "good", "probation": "warn", "held": "bad", "locked out": "bad"}
 
 
 def as_page(report: Report) -> str:
-    """
-    The whole page.
-
-    Raises:
-        ModuleNotFoundError: plotly is not installed.
-
-    """
+    """The whole page."""
     incident = report.incident
     opened = datetime.fromtimestamp(report.opened_wall, UTC)
     badge = _STAGES.get(report.stage, "warn")
@@ -57,7 +51,7 @@ def as_page(report: Report) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(title)}</title><style>{_beside('page.css')}</style>{script()}</head>"
+        f"<title>{_text(title)}</title><style>{_beside('page.css')}</style></head>"
         f"<body><main>{''.join(sections)}</main></body></html>\n"
     )
 
@@ -88,7 +82,8 @@ def _to_do(report: Report) -> str:
     commands = "".join(
         f"<dt>{_text(what)}</dt><dd><code>{_text(command)}</code></dd>" for what, command in report.commands
     )
-    return f'<div class="do"><ul>{_items(report.steps)}</ul><dl class="commands">{commands}</dl></div>'
+    steps = _items([*report.steps, *report.advice])
+    return f'<div class="do"><ul>{steps}</ul><dl class="commands">{commands}</dl></div>'
 
 
 def _timeline(report: Report) -> str:
@@ -190,44 +185,24 @@ def _text(value: str) -> str:
 
 
 def _chart(report: Report) -> str:
-    curve = report.curve
-    if not curve.steps:
+    drawn = picture(report.curve, window(report), seconds(report.cost.held_s))
+    if not drawn:
         return '<p class="quiet">The journal has no reward of this run.</p>'
-    first, last = window(report)
-    data = {
-        "steps": curve.steps,
-        "values": [value if value is not None and isfinite(value) else None for value in curve.values],
-        "refused": [
-            {
-                "step": step,
-                "reward": reward if reward is not None and isfinite(reward) else None,
-                "why": plain(why),
-            }
-            for step, reward, why in curve.refused
-        ],
-        "saved": [step for step in curve.saved if curve.steps[0] <= step <= curve.steps[-1]],
-        "held": curve.held,
-        "onset": curve.onset,
-        "heldFor": seconds(report.cost.held_s),
-        "from": curve.steps[first] - 1,
-        "to": curve.steps[max(first, last - 1)] + 1,
-    }
-    return (
-        '<div class="chart" id="curve" role="img" aria-label="The reward by step, with the hold"></div>'
-        '<p class="quiet">Line: reward of each committed step. Crosses: batches that were refused, with the '
-        "reward they would have been trained on. Triangles: checkpoints. "
-        "Drag to look closer, double-click for all.</p>"
-        f'<script type="application/json" id="curve-data">{_script_json(data)}</script>'
-        f"<script>{_beside('page.js')}</script>"
+    void = (
+        " Dashed: steps that were taken back."
+        if len({report.curve.attempts[row] for row in range(*window(report))}) > 1
+        else ""
     )
+    refused = (
+        " Crosses: batches that were refused, with the reward they would have been trained on."
+        if report.curve.refused
+        else ""
+    )
+    saved = " Triangles: checkpoints." if report.curve.saved else ""
+    told = f"Line: reward of each committed step.{void}{refused}{saved} Point at one for its value."
+    return f'{drawn}<p class="quiet">{told}</p>'
 
 
 def _beside(name: str) -> str:
     """A file of this package, to stand in the page."""
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
-
-
-def _script_json(value: object) -> str:
-    """JSON that cannot end the script that it stands in."""
-    text = json.dumps(value, allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -5,9 +5,10 @@ Reads the journal and the incident's folder, and changes nothing.
 """
 
 import re
+import shlex
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -16,6 +17,7 @@ from typing import Any, Final
 from .. import clock
 from ..checkpoints.rollback import undo_command
 from ..core.breaker import Phase
+from ..core.commands import Notify
 from ..core.diagnosis import NAMES, Cause, Evidence, Fact, Hypothesis, rank
 from ..core.events import (
     BatchReported,
@@ -27,6 +29,7 @@ from ..core.events import (
 )
 from ..core.reasons import Reason
 from ..core.reward import Kind
+from ..core.rungs import ADVICE
 from ..core.signs import Sign
 from ..core.state import GateOrder, Incident, Mode, State
 from ..diagnosis.logs import line_evidence
@@ -38,14 +41,17 @@ from ..sources.nvml import GpuError, GpuLook, NvmlDriver
 from . import slices
 from .collected import Collected
 from .evidence import clock_time, journal_evidence, reward_history
+from .folders import DECISIONS
 from .passage import Passage, read_passage
 from .slices import Figure, LogSlice
-from .timeline import ACTS, Moment, Plane, merged, timeline
+from .timeline import ACTS, BAD_SIGNS, STATES_TELL, Moment, Plane, merged, quoted, timeline
+from .words import AFTERWARDS, REASONS, plain, seconds, times
 
 _KERNEL_TAIL_S: Final = 5.0
-_STATES_TELL: Final = {Sign.STARTING.value, Sign.READY.value}
+_MADE_IT_CRASH: Final = {Cause.HOST_OOM, Cause.GPU_OOM, Cause.GPU_FAULT, Cause.DISK_FULL}
 _KILL_TO_EXIT_S: Final = 2.0
-_VICTIM: Final = re.compile(r"(?:[Kk]illed process |\bpid=)(\d{1,9})")
+_VICTIM: Final = re.compile(r"(?:[Kk]illed process |oom-kill:.*\bpid=)(\d{1,9})")
+_BEFORE_A_KILL: Final = re.compile(r"invoked oom-killer|oom-kill:")
 _GPU_TIMEOUT_S: Final = 5.0
 _STACK_CHARS_MAX: Final = 200_000
 
@@ -59,12 +65,14 @@ class Cost:
     """
     What the incident cost; None is unknown.
 
-    `steps_lost` is the time held in steps of the run's own pace; `gpus` is how many this machine has.
+    `steps_again` is how many steps a rollback or a relaunch had taken anew; `steps_lost` is these and the
+    time held, in steps of the run's own pace; `gpus` is how many this machine has.
     """
 
     held_s: float
     refused_batches: int
     garbage_steps: int
+    steps_again: int
     step_s: float | None
     steps_lost: float | None
     gpus: int | None
@@ -112,6 +120,7 @@ class Report:
     hypotheses: tuple[Hypothesis, ...]
     actions: tuple[Action, ...]
     steps: tuple[str, ...]
+    advice: tuple[str, ...]
     commands: tuple[tuple[str, str], ...]
     curve: Curve
     logs: tuple[LogSlice, ...]
@@ -168,8 +177,9 @@ def build(collected: Collected, folder: Path | None) -> Report:
         moments=tuple(moments),
         hypotheses=hypotheses,
         actions=tuple(_actions(passage)),
-        steps=tuple(_next_steps(incident, last, hypotheses, stage)),
-        commands=tuple(_commands(collected, incident, stage)),
+        steps=tuple(_next_steps(incident, last, hypotheses, stage, _crash_words([*logs, *kernel], notes))),
+        advice=tuple(_advice(passage)),
+        commands=tuple(_commands(collected, incident, stage, folder)),
         curve=_curve(passage, history, incident, last),
         logs=(*logs, *kernel),
         figures=tuple([] if folder is None else slices.read_metrics_files(folder, _servers(last))),
@@ -243,7 +253,7 @@ def _logs(passage: Passage, collected: Collected, notes: list[str]) -> tuple[lis
     if isinstance(kernel, str):
         notes.append(kernel)
         return logs, []
-    return logs, [kernel]
+    return logs, [without_strangers(kernel, passage)]
 
 
 def _log_moments(passage: Passage, logs: Sequence[LogSlice]) -> list[Moment]:
@@ -252,14 +262,8 @@ def _log_moments(passage: Passage, logs: Sequence[LogSlice]) -> list[Moment]:
     moments = []
     for log in logs:
         kernel = log.name == "kernel"
-        chosen = (
-            enumerate(log.lines)
-            if kernel
-            else ((index, log.lines[index]) for index, sign, _ in log.signs if sign not in _STATES_TELL)
-        )
-        walls = {index: wall for index, _, wall in log.signs}
-        for index, line in chosen:
-            told = _kernel_time(line) if kernel else walls.get(index)
+        plane = Plane.KERNEL if kernel else (Plane.TRAINER if log.name == "trainer" else Plane.SERVER)
+        for index, line, sign, told in _marked(log, passage):
             after_s = None if told is None else told - (opened.at if kernel else opened.wall)
             if (
                 after_s is None
@@ -268,18 +272,30 @@ def _log_moments(passage: Passage, logs: Sequence[LogSlice]) -> list[Moment]:
                 continue
             if not kernel:  # a stamp of whole seconds: the place in the log knows better
                 after_s = max(after_s, 0.001) if index >= log.before else min(after_s, -0.001)
-            plane = Plane.KERNEL if kernel else (Plane.TRAINER if log.name == "trainer" else Plane.SERVER)
-            shown = line if len(line) <= 160 else line[:159] + "…"
             moments.append(
                 Moment(
                     after_s=after_s,
                     wall=opened.wall + after_s,
                     plane=plane,
-                    text=f"log: {shown}",
-                    kind=f"log {log.name}",
+                    text=quoted(line),
+                    kind=f"log {line if sign is None else sign.value}",
+                    bad=kernel or sign in BAD_SIGNS,
                 )
             )
     return moments
+
+
+def _marked(log: LogSlice, passage: Passage) -> Iterator[tuple[int, str, Sign | None, float | None]]:
+    """The lines of a log that a timeline tells: index, line, meaning and time."""
+    if log.name != "kernel":
+        for index, sign, wall in log.signs:
+            if Sign(sign) not in STATES_TELL:
+                yield index, log.lines[index], Sign(sign), wall
+        return
+    for index, line in enumerate(log.lines):
+        # Of the lines about one kill the one that names what was killed, and how large it was.
+        if not _BEFORE_A_KILL.search(line):
+            yield index, line, None, _kernel_time(line)
 
 
 def _kernel_time(line: str) -> float | None:
@@ -336,7 +352,7 @@ def _evidence(
 ) -> list[Evidence]:
     evidence = journal_evidence(passage)
     for log in logs:
-        lines = _ours(log, passage) if log.name == "kernel" else _recent(log, passage)
+        lines = log.lines if log.name == "kernel" else _recent(log, passage)
         evidence += line_evidence(log.name, lines)
     if logs and not any(piece.fact in {Fact.HOST_OOM, Fact.GPU_OOM} for piece in evidence):
         count = sum(len(log.lines) for log in logs)
@@ -366,12 +382,12 @@ def _recent(log: LogSlice, passage: Passage) -> list[str]:
     return lines
 
 
-def _ours(log: LogSlice, passage: Passage) -> list[str]:
+def without_strangers(log: LogSlice, passage: Passage) -> LogSlice:
     """
     The kernel's lines without the kills of strangers.
 
     Ours is a victim by its pid; or, where pids are counted otherwise (a container), one that was killed when
-    a process of ours ended.
+    a process of ours ended. The line that announces a kill names nobody: it goes with the one that does.
     """
     pids, ends = set[int](), list[float]()
     for row, _, after in passage.walk():
@@ -379,13 +395,23 @@ def _ours(log: LogSlice, passage: Passage) -> list[str]:
         pids |= set() if after.trainer.pid is None else {after.trainer.pid}
         if isinstance(row.event, ProcessExited | TrainerExited):
             ends.append(row.at)
-    lines = []
-    for line in log.lines:
-        victim = _VICTIM.search(line)
-        told = _kernel_time(line)
-        near = told is not None and any(abs(end - told) <= _KILL_TO_EXIT_S for end in ends)
-        lines.append(line if victim is None or int(victim[1]) in pids or near else "")
-    return lines
+    kept: list[int] = []
+    ours = True
+    for index, line in reversed([*enumerate(log.lines)]):
+        victim, told = _VICTIM.search(line), _kernel_time(line)
+        if victim is not None:
+            near = told is not None and any(abs(end - told) <= _KILL_TO_EXIT_S for end in ends)
+            ours = int(victim[1]) in pids or near
+        if ours or (victim is None and "invoked oom-killer" not in line):
+            kept.append(index)
+    kept.reverse()
+    places = {index: place for place, index in enumerate(kept)}
+    return replace(
+        log,
+        lines=tuple(log.lines[index] for index in kept),
+        before=sum(index < log.before for index in kept),
+        signs=tuple((places[index], sign, wall) for index, sign, wall in log.signs if index in places),
+    )
 
 
 def _trip(passage: Passage) -> Any:
@@ -409,15 +435,16 @@ def _story(history: History, onset: int, seen: int, last: State) -> list[Evidenc
 
 
 def _title(incident: Incident, hypotheses: Sequence[Hypothesis]) -> str:
-    what = _REASONS.get(incident.reason, plain(incident.reason.value))
-    if hypotheses and hypotheses[0].confidence >= 0.5:
-        return f"{NAMES[hypotheses[0].cause]} ({hypotheses[0].confidence:.0%} sure)"
-    return what
-
-
-def plain(code: str) -> str:
-    """A reason code in words."""
-    return code.replace("_", " ")
+    if not hypotheses or hypotheses[0].confidence < 0.5:
+        return REASONS.get(incident.reason, plain(incident.reason.value))
+    first = hypotheses[0]
+    # That a server crashed is seen; what made it crash is what people want to know.
+    deeper = next(
+        (one for one in hypotheses[1:] if one.cause in _MADE_IT_CRASH and one.confidence >= 0.8), None
+    )
+    if first.cause is Cause.SERVER_CRASH and deeper is not None:
+        return f"{NAMES[first.cause]}, because {NAMES[deeper.cause]} ({deeper.confidence:.0%} sure)"
+    return f"{NAMES[first.cause]} ({first.confidence:.0%} sure)"
 
 
 # --- What it cost
@@ -435,15 +462,28 @@ def _cost(
         end = incident.closed_at if incident.closed_at is not None else passage.rows[-1].at
     held_s = max(0.0, end - incident.opened_at)
     step_s = _step_time(passage, incident)
+    again = _taken_again(passage, incident)
     return Cost(
         held_s=held_s,
         refused_batches=incident.refused_batches,
         garbage_steps=_garbage(passage, incident),
         step_s=step_s,
-        steps_lost=None if not step_s else held_s / step_s + incident.refused_batches,
+        steps_again=again,
+        steps_lost=None if not step_s else held_s / step_s + incident.refused_batches + again,
         gpus=None if gpus is None else len(gpus),
         gpu_hours=None if not gpus else held_s * len(gpus) / 3600,
     )
+
+
+def _taken_again(passage: Passage, incident: Incident) -> int:
+    """Steps that had been taken, and lie behind the point to which the run went back."""
+    steps = [(row.at, row.event) for row in passage.curve if isinstance(row.event, StepCommitted)]
+    before = [event for at, event in steps if at <= incident.opened_at]
+    after = [event for at, event in steps if at > incident.opened_at]
+    if not before or not after or after[-1].attempt == before[-1].attempt:
+        return 0
+    first = next(event.step for event in after if event.attempt == after[-1].attempt)
+    return max(0, before[-1].step - first + 1)
 
 
 def _step_time(passage: Passage, incident: Incident) -> float | None:
@@ -512,7 +552,7 @@ def _summary(
     began = f"At {when} UTC{step} " + (
         f"the {first.text.removeprefix('the ')}"
         if first is not None and first.kind == "exit"
-        else _REASONS.get(incident.reason, f"the run was held for {plain(incident.reason.value)}")
+        else REASONS.get(incident.reason, f"the run was held for {plain(incident.reason.value)}")
     )
     sentences = [began + "."]
     if last.mode is Mode.SHADOW:
@@ -520,11 +560,11 @@ def _summary(
     else:
         done = []
         if incident.restarts:
-            done.append(f"{_times(incident.restarts, 'restart')} of {incident.server or 'the server'}")
+            done.append(f"{times(incident.restarts, 'restart')} of {incident.server or 'the server'}")
         if incident.rollbacks:
-            done.append(_times(incident.rollbacks, "rollback"))
+            done.append(times(incident.rollbacks, "rollback"))
         if incident.relaunches:
-            done.append(_times(incident.relaunches, "relaunch", "relaunches") + " of the trainer")
+            done.append(times(incident.relaunches, "relaunch", "relaunches") + " of the trainer")
         pushed = sum(act.kind == "PushWeights" and bool(act.ok) for act in passage.acts)
         if pushed:
             done.append("the current weights pushed and proven")
@@ -538,15 +578,15 @@ def _summary(
         sentences.append(f"{held}{': ' + ', '.join(done) if done else ', and repaired nothing'}.")
     if incident.refused_batches:
         sentences.append(
-            f"{_times(incident.refused_batches, 'bad batch', 'bad batches')} "
+            f"{times(incident.refused_batches, 'bad batch', 'bad batches')} "
             f"{'was' if incident.refused_batches == 1 else 'were'} refused instead of trained on."
         )
     garbage = cost.garbage_steps
     sentences.append(
         "No optimizer step was taken on garbage."
         if not garbage
-        else f"{_times(garbage, 'optimizer step')} {'was' if garbage == 1 else 'were'} taken on garbage"
-        + (", and the rollback took them back." if incident.rollbacks else ".")
+        else f"{times(garbage, 'optimizer step')} {'was' if garbage == 1 else 'were'} taken on garbage"
+        + (f", and the rollback took {'it' if garbage == 1 else 'them'} back." if incident.rollbacks else ".")
     )
     if incident.resumed_at is not None:
         sentences.append(f"The trainer went on after {seconds(incident.resumed_at - incident.opened_at)}.")
@@ -562,67 +602,9 @@ def _summary(
     return sentences
 
 
-# What a reason means, where the code alone says too little.
-_REASONS: Final[Mapping[Reason, str]] = {
-    Reason.SERVER_DIED: "a process of the server ended",
-    Reason.SERVER_STOPPED: "a process of the server was found stopped (SIGSTOP, a debugger, a suspend)",
-    Reason.SERVER_HUNG: "the server gave no token, or its scheduler no answer, with idle processors",
-    Reason.REQUESTS_FAILED: "the trainer's requests failed, one after the other",
-    Reason.SERVER_SPINNING: "the server had requests and gave no token, with busy processors",
-    Reason.SERVER_UNREACHABLE: "the server could not be reached",
-    Reason.NODE_LOST: "a node was silent: it, its network or its agent is gone or frozen",
-    Reason.REWARD_COLLAPSE: "the reward fell to a floor",
-    Reason.REWARD_START_LEVEL: "the reward fell to the level of the run's first steps",
-    Reason.REWARD_NOT_FINITE: "the reward was not a number",
-    Reason.ROLLOUTS_FAILED: "batch after batch had too many failed rollouts",
-    Reason.CALLS_HUNG: "too many of the trainer's calls to its actors hung at once",
-    Reason.OPERATOR_PAUSE: "a person paused the run",
-    Reason.TRAINER_EXITED: "the trainer ended",
-}
-
-
-# What helps once the run goes on again: find the cause, and keep it from coming back.
-_AFTERWARDS: Final[Mapping[Cause, tuple[str, ...]]] = {
-    Cause.SERVER_CRASH: (
-        "Find out why the process ended: the end of its log and the kernel's lines are below. Exit code -9 "
-        "without an error in the log is a kill from outside: the kernel's OOM killer, or a person.",
-    ),
-    Cause.SERVER_HANG: (
-        "Read the stacks below, if any: they show where the server stood. A stopped process (state T) was "
-        "stopped by somebody: a debugger, `docker pause`, a Slurm suspend.",
-    ),
-    Cause.HOST_OOM: (
-        "Lower the concurrency of rollouts or the host's caches, or raise the cgroup's limit: it will come "
-        "back at the same load.",
-    ),
-    Cause.GPU_OOM: (
-        "Lower --mem-fraction-static or the number of concurrent requests before it comes back.",
-    ),
-    Cause.KV_EXHAUSTION: ("Lower --max-running-requests or the response length, or give it more KV memory.",),
-    Cause.GPU_FAULT: ("Take the node out of the pool and read the Xid: a GPU that fell once falls again.",),
-    Cause.NETWORK: ("Check the link between trainer and server: its errors are in the trainer's log below.",),
-    Cause.STALE_WEIGHTS: (
-        "See that whoever restarts a server also hands it the trainer's weights before it answers.",
-    ),
-    Cause.REWARD_FUNCTION: ("Score a few of the stored completions by hand: the server is not at fault.",),
-    Cause.POLICY_COLLAPSE: (
-        "Go back to a checkpoint from before the onset with a lower learning rate or more KL.",
-    ),
-    Cause.NAN_WEIGHTS: ("Go back to the newest checkpoint that vets finite, and clip gradients.",),
-    Cause.DATA_FAULT: (
-        "Compare the prompts before and after the onset; `stepguard resume` accepts a change.",
-    ),
-    Cause.DISK_FULL: ("Free space, then vet the newest checkpoint: it may be cut short.",),
-    Cause.TRAINER_HANG: (
-        "Read the stacks below; a rank that waits in a collective waits for one that is not.",
-    ),
-    Cause.WATCHDOG_BLIND: (
-        "Check that the guard or the metric stream reaches the daemon: stepguard stream.",
-    ),
-}
-
-
-def _next_steps(incident: Incident, last: State, hypotheses: Sequence[Hypothesis], stage: str) -> list[str]:
+def _next_steps(
+    incident: Incident, last: State, hypotheses: Sequence[Hypothesis], stage: str, crash: str
+) -> list[str]:
     steps = []
     match stage:
         case "closed":
@@ -638,7 +620,12 @@ def _next_steps(incident: Incident, last: State, hypotheses: Sequence[Hypothesis
     likely = [one.cause for one in hypotheses if one.confidence >= 0.5] or [
         one.cause for one in hypotheses[:1]
     ]
-    steps += [sentence for cause in likely[:2] for sentence in _AFTERWARDS[cause]]
+    if _MADE_IT_CRASH & {*likely} and Cause.SERVER_CRASH in likely:
+        likely.remove(Cause.SERVER_CRASH)  # why is known
+    for cause in likely[:2]:
+        steps += [crash] if cause is Cause.SERVER_CRASH else AFTERWARDS[cause]
+    if stage in {"held", "locked out"} and {Cause.POLICY_COLLAPSE, Cause.NAN_WEIGHTS} & {*likely[:1]}:
+        steps.insert(1, "Go back to a checkpoint from before the onset: the command is below.")
     if incident.reason in {Reason.TRAINER_EXITED, Reason.RANK_LOST} and not steps[1:]:
         steps.append(
             "Find out why the trainer ended: the end of its log and the kernel's lines. Code -9 without an "
@@ -649,7 +636,37 @@ def _next_steps(incident: Incident, last: State, hypotheses: Sequence[Hypothesis
     return steps
 
 
-def _commands(collected: Collected, incident: Incident, stage: str) -> list[tuple[str, str]]:
+def _crash_words(logs: Sequence[LogSlice], notes: Sequence[str]) -> str:
+    """What the logs were found to say of a crash, so that nobody has to look for what is not there."""
+    told = [log.name for log in logs if any(Sign(sign) in BAD_SIGNS for _, sign, _ in log.signs)]
+    if told:
+        return f"Find out why the process ended: the log of {' and of '.join(told)} says it, below."
+    kernel = any(log.name == "kernel" for log in logs)
+    if kernel:
+        return (
+            "Find out who ended the process: no log says why, and the kernel's tells of no kill for memory. "
+            "So it was a signal from outside: a person, a script, a scheduler, a container's stop."
+        )
+    unread = next((note for note in notes if note.startswith("the kernel's log")), "it was not read")
+    return (
+        f"Find out why the process ended: no log says it, and the kernel's is missing ({unread}). As root, "
+        "`dmesg -T | grep -i 'killed process'` shows whether it was killed for memory."
+    )
+
+
+def _advice(passage: Passage) -> Iterator[str]:
+    """What Stepguard itself advised while it repaired: each prompt that kills, and the newest on memory."""
+    notes = [command for row in passage.rows for command in row.commands if isinstance(command, Notify)]
+    for text in dict.fromkeys(note.text for note in notes if note.reason == Reason.PROMPT_QUARANTINED.value):
+        yield f"{text[:1].upper()}{text[1:]}."
+    on_memory = [note.text.removeprefix(ADVICE) for note in notes if note.text.startswith(ADVICE)]
+    if on_memory:
+        yield f"For the trainer: {on_memory[-1]}."
+
+
+def _commands(
+    collected: Collected, incident: Incident, stage: str, folder: Path | None
+) -> list[tuple[str, str]]:
     at = f" --run-dir {collected.run_dir}" if collected.run_dir else ""
     commands = [("how it is now", f"stepguard status{at}")]
     if stage in {"held", "locked out"}:
@@ -661,7 +678,8 @@ def _commands(collected: Collected, incident: Incident, stage: str) -> list[tupl
         commands.append(("hold the run", f"stepguard pause{at} --why '…'"))
     if incident.rollbacks and collected.checkpoint_dir:
         commands.append(("undo the rollback", undo_command(Path(collected.checkpoint_dir))))
-    commands.append(("decide it again", "stepguard replay decisions.jsonl"))
+    decisions = DECISIONS if folder is None else str(folder / DECISIONS)
+    commands.append(("decide it again", f"stepguard replay {shlex.quote(decisions)}"))
     return commands
 
 
@@ -701,24 +719,3 @@ def _curve(passage: Passage, history: History | None, incident: Incident, last: 
         held=held,
         onset=incident.onset_step,
     )
-
-
-# --- Words
-
-
-def seconds(value: float | None) -> str:
-    """A duration for a person."""
-    if value is None:
-        return "unknown"
-    if value < 0.0995:
-        return f"{value * 1000:.0f} ms"
-    if value < 60:
-        return f"{value:.2g} s" if value < 1 else f"{value:.1f} s"
-    whole = int(value)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def _times(count: int, one: str, many: str | None = None) -> str:
-    return f"{count} {one}" if count == 1 else f"{count} {many or one + 's'}"

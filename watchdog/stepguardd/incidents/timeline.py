@@ -5,16 +5,19 @@ Pure: each recorded event with the state before and after it gives the moments t
 Repetitions are told once, with their number.
 """
 
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
-from enum import Enum, StrEnum
-from typing import Final
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import PurePath
+from typing import Final, assert_never
 
 from ..core.breaker import Phase
 from ..core.commands import Notify
 from ..core.events import (
     Answer,
     BatchReported,
+    CallsHung,
     CheckpointGone,
     CheckpointPinned,
     CheckpointSaved,
@@ -22,13 +25,23 @@ from ..core.events import (
     DaemonStarted,
     EffectEnded,
     Event,
+    GenerationAsked,
+    GpuTroubled,
+    LogRead,
+    LogSeen,
+    MemoryPressed,
     NodeAcknowledged,
     NodeJoined,
     NodeLost,
+    OomKind,
+    OomSeen,
+    OperatorAsked,
     OrderAcknowledged,
     ProcessExited,
+    RequestsFailed,
     RewardLogged,
     RolloutsLost,
+    SchedulerAsked,
     ServerProbed,
     StepCommitted,
     Tick,
@@ -39,9 +52,14 @@ from ..core.events import (
     TreeSampled,
     TreeSeen,
 )
-from ..core.state import GateOrder, ServerState, State
+from ..core.reasons import Reason
+from ..core.signs import Sign
+from ..core.state import GateOrder, Server, ServerState, State
+from ..core.surroundings import CRASH_SIGNS, TROUBLE_SIGNS
 from ..journal import Recorded
+from ..redaction import redacted
 from .passage import Act, Passage
+from .words import plain, times
 
 LEAD_S: Final = 30.0
 MOMENTS_MAX: Final = 250
@@ -72,6 +90,27 @@ class Moment:
 
 
 _BAD: Final = {ServerState.DEAD, ServerState.SUSPECT, ServerState.STALE}
+_BECAME: Final = {
+    ServerState.STARTING: "starts",
+    ServerState.SERVING: "serves",
+    ServerState.SUSPECT: "is under suspicion",
+    ServerState.DEAD: "is dead",
+    ServerState.RESTARTING: "is being restarted",
+    ServerState.STALE: "lives, its weights not proven current",
+    ServerState.PLANNED: "is away by plan",
+}
+# The state itself says that a server comes up: the line that its log prints then is told by no sentence.
+STATES_TELL: Final = {Sign.STARTING, Sign.READY}
+BAD_SIGNS: Final = (
+    CRASH_SIGNS
+    | TROUBLE_SIGNS
+    | {Sign.CUDA_OOM, Sign.POOL_TOO_SMALL, Sign.START_FAILED, Sign.RAY_MEMORY_KILL, Sign.HOST_OOM_KILL}
+)
+_OF_CUDA: Final = {OomKind.CUDA_START, OomKind.CUDA_RUN, OomKind.CUDA_UNKNOWN, OomKind.POOL_TOO_SMALL}
+_CODE: Final = re.compile(
+    "|".join(sorted((code.value for code in Reason if "_" in code), key=len, reverse=True))
+)
+LINE_CHARS_MAX: Final = 160
 # An act's name for a person, as the thing that was done.
 ACTS: Final = {
     "ContinueServer": "SIGCONT to",
@@ -116,8 +155,17 @@ def timeline(passage: Passage) -> list[Moment]:
 
 
 def merged(moments: Iterable[Moment], more: Iterable[Moment]) -> list[Moment]:
-    """Two timelines as one."""
-    return _few(sorted([*moments, *more], key=lambda moment: moment.after_s))
+    """Two timelines as one; a line that the log itself gives, with its time, is not told a second time."""
+    more = list(more)
+    told = {moment.text for moment in more}
+    own = [moment for moment in moments if not (moment.kind.startswith("log ") and moment.text in told)]
+    return _few(_once(sorted([*own, *more], key=lambda moment: moment.after_s)))
+
+
+def quoted(line: str) -> str:
+    """A log's line as a moment tells it: without secrets, and not endless."""
+    line = redacted(line.strip())
+    return f"log: {line if len(line) <= LINE_CHARS_MAX else line[: LINE_CHARS_MAX - 1] + '…'}"
 
 
 def _told(
@@ -128,16 +176,38 @@ def _told(
     told = [command for command in row.commands if isinstance(command, Notify)]
     opened = any(note.what in {"opened", "resumed"} for note in told)
     if after.gate.order is not before.gate.order and not opened:
-        why = f" ({after.gate.reason})" if after.gate.reason else ""
+        why = f" ({plain(after.gate.reason)})" if after.gate.reason else ""
         yield Plane.STEPGUARD, "gate", f"the gate says {after.gate.order.value}{why}", False
     for note in told:
-        if note.what == "refused":
-            continue  # the batch itself says so
-        plane = Plane.PERSON if note.what == "person" else Plane.STEPGUARD
-        bad = note.what in {"opened", "locked_out", "call", "relapse"}
-        yield plane, f"note {note.what}", note.text, bad
+        if note.what == "refused" or (note.what == "warning" and isinstance(row.event, LogSeen)):
+            continue  # the batch says so itself, and the line
+        plane = Plane.PERSON if note.what == "person" else _seen_at(row.event)
+        bad = note.what in {"opened", "locked_out", "call", "relapse"} or plane in {Plane.KERNEL, Plane.GPU}
+        yield plane, f"note {note.what}", _in_words(note.text), bad
     if after.phase is Phase.LOCKED_OUT and before.phase is not Phase.LOCKED_OUT:
         yield Plane.STEPGUARD, "phase", "the breaker is locked out: held until a person decides", True
+
+
+def _seen_at(event: Event) -> Plane:
+    """Where that happened of which a note tells."""
+    match event:
+        case OomSeen() if event.kind in _OF_CUDA:
+            return Plane.GPU
+        case OomSeen(kind=OomKind.KV_FULL) | LogSeen(server=str()):
+            return Plane.SERVER
+        case LogSeen():
+            return Plane.TRAINER
+        case OomSeen() | MemoryPressed():
+            return Plane.KERNEL
+        case GpuTroubled():
+            return Plane.GPU
+        case _:
+            return Plane.STEPGUARD
+
+
+def _in_words(text: str) -> str:
+    """A note with its reason codes as words: the codes are for the journal and for people's alert rules."""
+    return _CODE.sub(lambda code: plain(code.group()), text)
 
 
 def stopped_by_us(server: str, at: float, acts: Iterable[Act]) -> bool:
@@ -157,8 +227,24 @@ def _event(
     match event:
         case Tick() | TreeSeen() | TrainerTree() | RewardLogged() | CheckpointPinned() | CheckpointGone():
             return
-        case NodeJoined() | NodeAcknowledged() | NodeLost():
+        case LogRead():
+            return
+        case NodeJoined() | NodeAcknowledged() | NodeLost() | OperatorAsked() | OomSeen() | GpuTroubled():
             return  # told by its note
+        case MemoryPressed():
+            if not event.short:
+                yield Plane.KERNEL, "memory", "nobody waits for memory any more", False
+        case LogSeen():
+            if event.sign not in STATES_TELL:
+                plane = Plane.TRAINER if event.server is None else Plane.SERVER
+                yield plane, f"log {event.sign.value}", quoted(event.line), event.sign in BAD_SIGNS
+        case RequestsFailed():
+            yield from _requests(event)
+        case CallsHung():
+            text = f"{event.failed} of {event.calls} calls hung at once: {event.what}"
+            yield Plane.TRAINER, "calls", text, True
+        case SchedulerAsked() | GenerationAsked():
+            yield from _opinion(event)
         case CheckpointVetted():
             if event.verdict != "good":
                 text = f"checkpoint of step {event.step} vetted {event.verdict}: {event.reason}"
@@ -188,13 +274,13 @@ def _event(
                 total = event.ok + event.failed
                 text = (
                     f"batch of step {event.step}: {event.failed} of {total} rollouts failed, "
-                    f"reward {reward}{verdict}"
+                    f"reward {reward}{plain(verdict)}"
                 )
                 yield Plane.TRAINER, f"batch {after.gate.reason}", text, bool(verdict)
         case RolloutsLost():
             if event.lost:
-                count = len(event.lost)
-                yield Plane.TRAINER, "lost", f"rollouts of {count} prompts were under way and failed", True
+                prompts = times(len(event.lost), "prompt")
+                yield Plane.TRAINER, "lost", f"rollouts of {prompts} were under way and failed", True
         case StepCommitted():
             reward = "unknown" if event.reward is None else f"{event.reward:.3g}"
             yield Plane.TRAINER, "committed", f"step {event.step} taken, reward {reward}", False
@@ -208,7 +294,12 @@ def _event(
             code = "unknown" if event.code is None else str(event.code)
             yield Plane.TRAINER, "exit", f"the trainer (pid {event.pid}) ended, code {code}", True
         case CheckpointSaved():
-            yield Plane.TRAINER, "saved", f"checkpoint of step {event.step} saved: {event.path}", False
+            yield (
+                Plane.TRAINER,
+                "saved",
+                f"checkpoint of step {event.step} saved: {_short(event.path)}",
+                False,
+            )
         case OrderAcknowledged():
             how = "obeyed" if event.ok else f"could not obey ({event.detail})"
             if event.order != GateOrder.GO.value:
@@ -218,12 +309,38 @@ def _event(
         case DaemonStarted():
             yield Plane.STEPGUARD, "daemon", "a daemon came up", False
         case _:
-            yield from _other(event)
+            assert_never(event)
+
+
+def _requests(event: RequestsFailed) -> Iterator[tuple[Plane, str, str, bool]]:
+    if not event.in_a_row:
+        yield Plane.TRAINER, "answered", "the trainer's requests are answered again", False
+        return
+    error = quoted(event.error).removeprefix("log: ")
+    count = "a request" if event.in_a_row == 1 else f"{event.in_a_row} requests in a row"
+    yield Plane.TRAINER, "tally requests", f"{count} of the trainer failed: {error}", True
+
+
+def _opinion(event: SchedulerAsked | GenerationAsked) -> Iterator[tuple[Plane, str, str, bool]]:
+    """What was asked in doubt: an answer that speaks for the server is worth no line."""
+    if isinstance(event, GenerationAsked):
+        answer, whose = event.answer, f"{event.server} gave no token"
+    else:
+        answer, whose = event.info, f"the scheduler of {event.server} gave no answer"
+    if answer not in {Answer.OK, Answer.NOT_OFFERED, Answer.UNKNOWN}:
+        waited = f" for {event.waited_s:.1f} s" if event.waited_s else ""
+        yield Plane.SERVER, f"tally {whose}", f"{whose}{waited} ({answer.value})", True
+
+
+def _short(path: str) -> str:
+    """The end of a path, by which people know a checkpoint."""
+    parts = PurePath(path).parts
+    return path if len(parts) <= 3 else "…/" + "/".join(parts[-2:])
 
 
 def _effect(event: EffectEnded, act: Act | None) -> Iterator[tuple[Plane, str, str, bool]]:
-    if act is None:
-        return
+    if act is None or (event.ok and act.kind in {"PushWeights", "CompareWeights"}):
+        return  # a note tells of weights that came, and a look that found nothing needs no line
     took = "" if act.ended is None else f" in {act.ended - act.begun:.2f} s"
     how = f"done{took}" if event.ok else f"failed{took}"
     name = f"{ACTS.get(act.kind, act.kind)} {act.server or ''}".strip()
@@ -260,49 +377,19 @@ def _servers(event: Event, before: State, after: State) -> Iterator[tuple[Plane,
         old = known.get(server.name)
         if old is None or old.state is server.state:
             continue
-        why = f" ({server.reason.value})" if server.reason is not None else ""
-        text = f"{server.name}: {old.state.value} → {server.state.value}{why}"
         yield (
             Plane.SERVER,
             f"state {server.name}",
-            text,
+            _became(server),
             (server.state in _BAD and (server.repair is None or not server.repair.restarts)),
         )
 
 
-def _other(event: object) -> Iterator[tuple[Plane, str, str, bool]]:
-    """An event that this page knows no words for is told by its fields."""
-    name = type(event).__name__
-    if not is_dataclass(event):
-        return
-    lowered = name.lower()
-    plane = Plane.SERVER
-    if "gpu" in lowered or "xid" in lowered:
-        plane = Plane.GPU
-    elif "oom" in lowered or "kernel" in lowered or "host" in lowered or "memory" in lowered:
-        plane = Plane.KERNEL
-    elif lowered.startswith(("operator", "person")):
-        return  # a note tells it, with what came of it
-    elif lowered.startswith("trainer"):
-        plane = Plane.TRAINER
-    said = getattr(event, "text", "") or getattr(event, "line", "")
-    told = str(said) or ", ".join(
-        f"{field.name} {shown}"
-        for field in fields(event)
-        if (shown := _shown(getattr(event, field.name))) is not None
-    )
-    yield plane, name, f"{name}: {told}", False
-
-
-def _shown(value: object) -> str | None:
-    if value is None or value in ((), ""):
-        return None
-    if isinstance(value, Enum):
-        return str(value.value)
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    text = str(value)
-    return text if len(text) <= 120 else text[:119] + "…"
+def _became(server: Server) -> str:
+    """A state and, where it is no good one, why."""
+    told = server.reason is not None and server.state not in {ServerState.STARTING, ServerState.SERVING}
+    why = f" ({plain(server.reason.value)})" if told and server.reason is not None else ""
+    return f"{server.name} {_BECAME[server.state]}{why}"
 
 
 def _once(moments: list[Moment]) -> list[Moment]:
@@ -314,28 +401,26 @@ def _once(moments: list[Moment]) -> list[Moment]:
         key = moment.plane, moment.kind
         at = newest.get(key)
         same = at is not None and _repeats(kept[at], moment) and _nothing_between(kept, at, moment)
+        if same and at is not None and moment.kind.startswith("tally"):
+            kept[at] = replace(kept[at], text=moment.text)  # the last count is the whole
+            continue
         if same and at is not None:
             repeats[at] = repeats.get(at, 0) + 1
             continue
         newest[key] = len(kept)
         kept.append(moment)
     return [
-        Moment(
-            after_s=moment.after_s,
-            wall=moment.wall,
-            plane=moment.plane,
-            text=f"{moment.text} (and {count} more like it)"
-            if (count := repeats.get(at, 0))
-            else moment.text,
-            kind=moment.kind,
-            bad=moment.bad,
-        )
+        replace(moment, text=f"{moment.text} (and {count} more like it)")
+        if (count := repeats.get(at, 0))
+        else moment
         for at, moment in enumerate(kept)
     ]
 
 
 def _repeats(one: Moment, other: Moment) -> bool:
-    return one.kind.startswith(("answers", "batch", "note warning")) or one.text == other.text
+    return (
+        one.kind.startswith(("answers", "batch", "note warning", "log ", "tally")) or one.text == other.text
+    )
 
 
 def _nothing_between(kept: list[Moment], at: int, moment: Moment) -> bool:

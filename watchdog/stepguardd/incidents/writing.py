@@ -1,7 +1,6 @@
 """Writes an incident's folder: whole file by whole file, so a reader never meets half a report."""
 
 import os
-from contextlib import suppress
 from pathlib import Path
 
 from ..core.diagnosis import NAMES
@@ -32,8 +31,7 @@ def write_report(collected: Collected, folder: Path) -> Report:
             write_whole(folder / "logs" / f"{_safe(log.name)}.log", slice_text(log))
     write_whole(folder / "config.toml", _config_text(report))
     write_whole(folder / MARKDOWN, as_markdown(report))
-    with suppress(ModuleNotFoundError):  # a daemon without plotly still tells everything in Markdown
-        write_whole(folder / PAGE, as_page(report))
+    write_whole(folder / PAGE, as_page(report))
     write_whole(folder / DATA, to_json(as_json(report)) + "\n")  # the last one: all is there by then
     return report
 
@@ -57,6 +55,7 @@ def as_json(report: Report) -> dict[str, object]:
             "held_s": cost.held_s,
             "refused_batches": cost.refused_batches,
             "garbage_steps": cost.garbage_steps,
+            "steps_again": cost.steps_again,
             "steps_lost": cost.steps_lost,
             "step_s": cost.step_s,
             "gpus": cost.gpus,
@@ -87,7 +86,7 @@ def as_json(report: Report) -> dict[str, object]:
             {"name": a.name, "after_s": a.after_s, "took_s": a.took_s, "ok": a.ok, "detail": a.detail}
             for a in report.actions
         ],
-        "advice": list(report.steps),
+        "advice": [*report.steps, *report.advice],
         "commands": [{"what": what, "command": command} for what, command in report.commands],
         "notes": list(report.notes),
         "decisions": report.decisions,

@@ -17,6 +17,18 @@ from stepguard.cgroups import MemoryCgroup, kill_count
 _PSI = re.compile(r"(some|full) avg10=([\d.]{1,9}) avg60=([\d.]{1,9}) avg300=([\d.]{1,9}) total=(\d{1,19})")
 
 
+_OF_THE_MACHINE = 0xEFFFFFFB
+"""The inode of the kernel's first cgroup namespace (PROC_CGROUP_INIT_INO in linux/proc_ns.h)."""
+
+
+def names_are_the_kernels(proc: Path) -> bool:
+    """Whether this process sees cgroups by the names that the kernel's log uses: a container may not."""
+    try:
+        return (proc / "self/ns/cgroup").stat().st_ino == _OF_THE_MACHINE
+    except OSError:
+        return False
+
+
 class KillCounter:
     """How many kills are new since the last look at one cgroup."""
 
