@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from axe_playwright_python.sync_playwright import Axe
@@ -29,6 +32,18 @@ def opened(
         expect(page.locator("#plot svg.main-svg").first).to_be_visible()
         yield page
         assert complaints == []
+
+
+def link_of(run_dir: Path) -> str:
+    """A one-time link to a run's page, as a person gets it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "stepguardd", "open", "--run-dir", str(run_dir)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return done.stdout.strip()
 
 
 def violations(page: Page) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from browser.looking import opened, violations
+from browser.looking import link_of, opened, violations
 from daemon_parts.little_run import little_run
 from daemon_parts.own_daemons import OwnDaemons
 from daemon_parts.small_run import SmallRun
@@ -35,15 +33,7 @@ def free_again(run: SmallRun) -> Iterator[None]:
 
 
 def link(run: OwnDaemons) -> str:
-    """A one-time link to the run's page."""
-    done = subprocess.run(
-        [sys.executable, "-m", "stepguardd", "open", "--run-dir", str(run.run_dir)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    return done.stdout.strip()
+    return link_of(run.run_dir)
 
 
 def confirmed(page: Page, button: str, says: str, why: str = "the test wants it") -> None:

@@ -1,8 +1,10 @@
 """A message in each channel's form: plain text, Slack's mrkdwn, HTML, JSON. Each escapes in its own way."""
 
 import html
+import textwrap
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from typing import Final
 
 from ..core.alerts.book import Kind, Level
 from ..core.alerts.words import Message
@@ -68,6 +70,20 @@ def as_text(message: Message) -> str:
         parts.append(f"Look: {message.link}")
     parts.append(foot(message))
     return "\n\n".join(parts) + "\n"
+
+
+def as_mail_text(message: Message) -> str:
+    """The same at 80 columns; a command stays whole, so that it can be copied, and so does a link."""
+    whole = {f"  {message.command[0]}"} if message.command is not None else set[str]()
+    return "".join(
+        line + "\n" if line in whole or not line else _at_80_columns(line) + "\n"
+        for line in as_text(message).splitlines()
+    )
+
+
+def _at_80_columns(line: str) -> str:
+    indent = " " * (4 if line.startswith("  - ") else 2 if line.startswith("  ") else 0)
+    return textwrap.fill(line, 80, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _for_command(message: Message) -> str:
@@ -144,9 +160,24 @@ def subject(message: Message) -> str:
     return f"[{message.run}{number}] {message.headline}"
 
 
+# For readers that keep a style sheet: dark where the person wants it. Others show the inline styles alone.
+_DARK: Final = (
+    ":root{color-scheme:light dark;supported-color-schemes:light dark}@media (prefers-color-scheme:dark){"
+    ".back{background:#101215!important}.card{background:#1c1f24!important;color:#edeef0!important}"
+    ".ink{color:#edeef0!important}.soft{color:#a6acb5!important}.code{background:#101215!important}"
+    "a{color:#9eb1ff!important}.call{color:#ff8b8b!important}.alert{color:#f5b55f!important}"
+    ".well{color:#6fdba3!important}.info{color:#9eb1ff!important}}"
+)
+_TITLE: Final = (
+    'class="soft" style="margin:0;font-size:13px;font-weight:600;color:#60646c;padding-bottom:4px"'
+)
+
+
 def as_html(message: Message, picture: str | None) -> str:
     """
     A mail that reads well in any client: tables and inline styles, no script, nothing loaded from elsewhere.
+
+    Light, and dark where the reader's mail program follows the person's choice.
 
     Args:
         message: what to say.
@@ -156,31 +187,27 @@ def as_html(message: Message, picture: str | None) -> str:
     which = tone(message)
     colour = _COLOURS[which]
     rows = [
-        f'<tr><td style="padding:6px 28px 0;font-size:13px;font-weight:600;color:{colour};'
+        f'<tr><td class="{which}" style="padding:6px 28px 0;font-size:13px;font-weight:600;color:{colour};'
         f'letter-spacing:.02em">{_WORDS[which]}</td></tr>',
-        '<tr><td style="padding:4px 28px 0;font-size:21px;line-height:1.35;font-weight:600;color:#1c2024">'
-        f"{html.escape(message.headline)}</td></tr>",
+        '<tr><td style="padding:4px 28px 0"><h1 class="ink" style="margin:0;font-size:21px;line-height:1.35;'
+        f'font-weight:600;color:#1c2024">{html.escape(message.headline)}</h1></td></tr>',
     ]
     if message.lead:
-        rows.append(_row(html.escape(message.lead), "padding:8px 28px 0;color:#43484e"))
+        rows.append(_row(html.escape(message.lead), "padding:8px 28px 0;color:#43484e", "soft"))
     if picture is not None:
         image = (
             f'<img src="cid:{html.escape(picture)}" width="584" alt="The reward, step by step, with the hold '
-            'marked" style="display:block;width:100%;max-width:584px;height:auto;border:0">'
+            'marked" style="display:block;width:100%;max-width:584px;height:auto;border:0;border-radius:4px">'
         )
         rows.append(_row(image, "padding:18px 28px 0"))
     for section in message.sections:
-        title = (
-            '<div style="font-size:13px;font-weight:600;color:#60646c;padding-bottom:4px">'
-            f"{html.escape(section.title)}</div>"
-        )
         items = "".join(
-            '<tr><td style="vertical-align:top;padding:1px 10px 3px 0;color:#8b8d98">•</td>'
-            f'<td style="padding:1px 0 3px">{html.escape(line)}</td></tr>'
+            '<tr><td class="soft" style="vertical-align:top;padding:1px 10px 3px 0;color:#60646c">•</td>'
+            f'<td style="padding:1px 0 3px;overflow-wrap:anywhere">{html.escape(line)}</td></tr>'
             for line in section.lines
         )
         listed = f'<table role="presentation" cellpadding="0" cellspacing="0" border="0">{items}</table>'
-        rows.append(_row(title + listed, "padding:18px 28px 0"))
+        rows.append(_row(f"<h2 {_TITLE}>{html.escape(section.title)}</h2>{listed}", "padding:18px 28px 0"))
     if message.command is not None:
         rows.append(_command_row(message))
     if message.link is not None:
@@ -189,35 +216,39 @@ def as_html(message: Message, picture: str | None) -> str:
             "Open the run's page</a>"
         )
         rows.append(_row(link, "padding:16px 28px 0"))
-    rows.append(_row(html.escape(foot(message)), "padding:22px 28px 22px;font-size:12px;color:#60646c"))
+    rows.append(
+        _row(html.escape(foot(message)), "padding:22px 28px 22px;font-size:12px;color:#60646c", "soft")
+    )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light">'
+        '<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">'
+        f'<meta name="supported-color-schemes" content="light dark"><style>{_DARK}</style>'
         f"<title>{html.escape(message.headline)}</title></head>"
-        '<body style="margin:0;background:#f0f0f3">'
-        '<table role="presentation" width="100%" cellpadding="0" cellspacing="0" border="0" '
-        'style="background:#f0f0f3"><tr><td style="padding:24px 12px">'
-        '<table role="presentation" align="center" cellpadding="0" cellspacing="0" border="0" '
+        '<body class="back" style="margin:0;background:#f0f0f3">'
+        '<table role="presentation" class="back" width="100%" cellpadding="0" cellspacing="0" border="0" '
+        'style="background:#f0f0f3"><tr><td style="padding:24px 12px"><div role="main">'
+        '<table role="presentation" class="card" align="center" cellpadding="0" cellspacing="0" border="0" '
         'style="width:100%;max-width:640px;background:#ffffff;border-radius:6px;'
         f"border-top:4px solid {colour};font:15px/1.5 -apple-system,'Segoe UI',Roboto,Helvetica,Arial,"
         'sans-serif;color:#1c2024"><tr><td style="height:16px;line-height:16px">&nbsp;</td></tr>'
-        f"{''.join(rows)}</table></td></tr></table></body></html>\n"
+        f"{''.join(rows)}</table></div></td></tr></table></body></html>\n"
     )
 
 
-def _row(inner: str, style: str) -> str:
-    return f'<tr><td style="{style}">{inner}</td></tr>'
+def _row(inner: str, style: str, kind: str = "") -> str:
+    named = f' class="{kind}"' if kind else ""
+    return f'<tr><td{named} style="{style}">{inner}</td></tr>'
 
 
 def _command_row(message: Message) -> str:
     assert message.command is not None
     command, effect = message.command
     return _row(
-        f'<div style="font-size:13px;font-weight:600;color:#60646c;padding-bottom:4px">'
-        f"{_for_command(message)}</div>"
-        '<div style="background:#f0f0f3;border-radius:4px;padding:9px 12px;font:13px/1.5 ui-monospace,'
-        f'Menlo,Consolas,monospace;overflow-wrap:anywhere">{html.escape(command)}</div>'
-        f'<div style="padding-top:4px;color:#60646c;font-size:13px">{html.escape(effect)}</div>',
+        f"<h2 {_TITLE}>{_for_command(message)}</h2>"
+        '<div class="code" style="background:#f0f0f3;border-radius:4px;padding:9px 12px;font:13px/1.5 '
+        f'ui-monospace,Menlo,Consolas,monospace;overflow-wrap:anywhere">{html.escape(command)}</div>'
+        '<div class="soft" style="padding-top:4px;color:#60646c;font-size:13px">'
+        f"{html.escape(effect)}</div>",
         "padding:18px 28px 0",
     )
 

@@ -13,7 +13,7 @@ from ...config.settings import EmailSettings
 from ...core.alerts.words import Message, cut
 from ...credentials import Secret
 from ..peers import Peers
-from ..render import as_html, as_text, local_time, subject
+from ..render import as_html, as_mail_text, local_time, subject
 from .contract import Broken, Draw, Later, Rejected
 
 TIMEOUT_S: Final = 30.0
@@ -85,7 +85,7 @@ def compose(
     mail["Auto-Submitted"] = "auto-generated"
     if root is not None:
         mail["In-Reply-To"] = mail["References"] = root
-    mail.set_content(as_text(message))
+    mail.set_content(as_mail_text(message))
     mail.add_alternative(as_html(message, None if picture is None else _PICTURE), subtype="html")
     if picture is not None:
         html = mail.get_payload()[1]  # type: ignore[index]
