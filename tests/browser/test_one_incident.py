@@ -106,7 +106,7 @@ to = ["oncall@example.org"]
         with Night(plan) as night:
             assert night.run_dir is not None
             with opened(browser, link_of(night.run_dir)) as page:
-                until(lambda: (night.status()["trainer"]["committed_step"] or 0) >= 8, "steps are taken")
+                until(lambda: (night.status()["trainer"]["committed_step"] or 0) >= 3, "steps are taken")
                 expect(page.locator("#word")).to_have_text("Going")
                 strike(Fault.KILL, night.status()["servers"][0]["pid"])
                 expect(page.locator("#word")).to_have_text("Held")

@@ -79,7 +79,7 @@ def picture(curve: Curve, window: tuple[int, int], held_for: str) -> str:
     if curve.held is not None:
         label += f"; held after step {curve.held[0]} for {held_for}"
     return (
-        f'<div class="wide"><svg class="chart" viewBox="0 0 {_WIDTH:g} {height:g}" role="img" '
+        f'<div class="wide" tabindex="0"><svg class="chart" viewBox="0 0 {_WIDTH:g} {height:g}" role="img" '
         f'aria-label="{html.escape(label)}">{"".join(parts)}</svg></div>'
     )
 

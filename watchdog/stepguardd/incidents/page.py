@@ -100,7 +100,7 @@ def _timeline(report: Report) -> str:
             f'<td class="t">{_text(moment.text)}</td></tr>'
         )
     head = "<tr><th class=n>from the hold</th><th class=n>UTC</th><th>where</th><th>what</th></tr>"
-    return f'<div class="wide"><table class="moments">{head}{"".join(rows)}</table></div>'
+    return f'<div class="wide" tabindex="0"><table class="moments">{head}{"".join(rows)}</table></div>'
 
 
 def _causes(report: Report) -> str:
@@ -130,7 +130,7 @@ def _actions(report: Report) -> str:
         for when, what, took, how in action_rows(report)
     )
     head = "<tr><th class=n>begun</th><th>what</th><th class=n>took</th><th>how it ended</th></tr>"
-    return f'<div class="wide"><table>{head}{rows}</table></div>'
+    return f'<div class="wide" tabindex="0"><table>{head}{rows}</table></div>'
 
 
 def _figures(report: Report) -> str:
@@ -142,7 +142,8 @@ def _figures(report: Report) -> str:
         for figure in report.figures
     )
     head = "<tr><th>server</th><th>metric</th><th class=n>before</th><th class=n>after</th></tr>"
-    return f'<p class="quiet">{_text(report.scraped)}</p><div class="wide"><table>{head}{rows}</table></div>'
+    table = f'<div class="wide" tabindex="0"><table>{head}{rows}</table></div>'
+    return f'<p class="quiet">{_text(report.scraped)}</p>{table}'
 
 
 def _number(value: float | None) -> str:
