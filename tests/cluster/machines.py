@@ -17,6 +17,7 @@ from daemon_parts.own_daemons import OwnDaemons
 from grpo.server_process import free_port
 from stepguard import Guard, StopRequested
 from stepguard.gate import DaemonHalf, GateError, GatePage, Order
+from stepguardd import proc
 
 NODES = ("n1", "n2", "n3")
 TRAINER = "n1"
@@ -146,6 +147,10 @@ class Machines(OwnDaemons):
             self._frozen.add(name)
         elif what is signal.SIGCONT:
             self._frozen.discard(name)
+
+    def is_stopped(self, name: str) -> bool:
+        found = proc.stat(self.agents[name].pid)
+        return found is not None and found.stopped
 
     def head_up(self) -> None:
         self.daemon()

@@ -53,6 +53,7 @@ def test_a_frozen_agent_is_a_lost_machine_and_does_not_obey_old_words_when_it_th
 ) -> None:
     machines.all_up()
     machines.signal("n3", signal.SIGSTOP)
+    machines.until(lambda: machines.is_stopped("n3"), "n3 is frozen")
     machines.until(lambda: machines.node("n3") == "lost", "the head misses n3")
     machines.held("n1", "n2")
     machines.ask("pause", why="a look")

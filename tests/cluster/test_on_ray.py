@@ -39,6 +39,11 @@ def command_lines() -> Iterator[tuple[int, list[str]]]:
             yield int(folder.name), (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
 
 
+def is_stopped(pid: int) -> bool:
+    found = proc.stat(pid)
+    return found is not None and found.stopped
+
+
 class OnRay(Machines):
     """Machines whose agents `stepguard cluster up` places; n1 is the cluster's head."""
 
@@ -211,7 +216,9 @@ def test_a_frozen_node_holds_all_and_nobody_goes_on_before_it_shows_the_order_to
     assert agent is not None
     stat = proc.stat(agent)
     assert stat is not None
-    machines.freeze(machines.raylet("n3"), stat.ppid, agent)
+    frozen = (machines.raylet("n3"), stat.ppid, agent)
+    machines.freeze(*frozen)
+    machines.until(lambda: all(is_stopped(pid) for pid in frozen), "n3 is frozen")
     machines.until(lambda: machines.node("n3") == "lost", "the head misses n3")
     machines.held("n1", "n2")
     assert machines.gate()[2] == "node_lost"
@@ -239,7 +246,9 @@ def test_a_killed_head_takes_the_agents_up_again(machines: OnRay) -> None:
 
 def test_a_killed_node_is_lost_and_another_of_its_name_takes_its_place(machines: OnRay) -> None:
     """Ray's part of the machine is killed; what it ran there, the agent among it, goes with it."""
+    raylet = machines.nodes["n3"].all_processes["raylet"][0].process
     machines.ray.remove_node(machines.nodes["n3"], allow_graceful=False)
+    assert raylet.wait(timeout=20) == -signal.SIGKILL
     machines.until(lambda: machines.agent_pid("n3") is None, "the agent goes with its node")
     machines.until(lambda: machines.node("n3") == "lost", "the head misses n3")
     machines.held("n1", "n2")
