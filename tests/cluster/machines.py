@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from daemon_parts.own_daemons import OwnDaemons
@@ -105,24 +106,31 @@ class Cable(threading.Thread):
 class Machines(OwnDaemons):
     """The head's daemon, agents by name, a guard in each one's folder."""
 
-    def __init__(self, root: Path, **guard: object) -> None:
+    def __init__(
+        self,
+        root: Path,
+        more: Mapping[str, Mapping[str, object]] = {},
+        nodes: tuple[str, ...] = NODES,
+        **guard: object,
+    ) -> None:
         self.port = free_port()
-        root.mkdir()
+        root.mkdir(exist_ok=True)
         super().__init__(
             root,
             {
                 "run": {"mode": "hold"},
                 "web": {"enabled": False},
                 "guard": guard,
+                **more,
                 "cluster": {
                     "listen": f"127.0.0.1:{self.port}",
-                    "nodes": list(NODES),
+                    "nodes": list(nodes),
                     "trainer": TRAINER,
                 },
             },
         )
         self.agents: dict[str, subprocess.Popen[bytes]] = {}
-        self.steppers = {name: Stepper(self.folder(name)) for name in NODES}
+        self.steppers = {name: Stepper(self.folder(name)) for name in nodes}
         self._frozen: set[str] = set()
 
     def started(self) -> tuple[()]:
@@ -131,14 +139,15 @@ class Machines(OwnDaemons):
     def folder(self, name: str) -> Path:
         return self.root / name
 
-    def agent(self, name: str, *, port: int | None = None) -> None:
-        """Start a machine's agent."""
+    def agent(self, name: str, *words: str, port: int | None = None, crash_at: str | None = None) -> None:
+        """Start a machine's agent; with a point at which it kills itself."""
         command = [sys.executable, "-m", "stepguardd", "agent", "--node", name]
         command += ["--head", f"127.0.0.1:{port or self.port}", "--run-dir", str(self.folder(name))]
-        command += ["--token-file", str(self.state_dir / "cluster.token")]
+        command += ["--token-file", str(self.state_dir / "cluster.token"), *words]
+        environment = self.environment() | ({} if crash_at is None else {"STEPGUARD_CRASH_AT": crash_at})
         with self.log.open("ab") as log:
             self.agents[name] = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
             )
 
     def signal(self, name: str, what: signal.Signals) -> None:
@@ -245,12 +254,7 @@ class Machines(OwnDaemons):
         # Held guards are let go by taking their page away, and with it the order.
         for name, stepper in self.steppers.items():
             if stepper.is_alive():
-                page = self.folder(name) / "gate"
-                with (
-                    contextlib.suppress(OSError, GateError),
-                    contextlib.closing(GatePage.open(page)) as mapped,
-                ):
-                    self._let_go(name, mapped)
+                self.let_go(name)
                 stepper.join(timeout=20)
         self.end_agents()
         super().close()
@@ -260,13 +264,14 @@ class Machines(OwnDaemons):
             if stepper.failure is not None:
                 raise stepper.failure
 
-    def _let_go(self, name: str, page: GatePage) -> None:
+    def let_go(self, name: str) -> None:
         """End the agent, which writes the page, and tell the guard to stop."""
-        self.kill_agent(name)
-        found = page.daemon()
-        generation = 0 if found is None else found.generation
-        page.publish(
-            DaemonHalf(
-                order=Order.STOP, generation=generation + 1, reason="the test is over", lease_deadline_ns=0
+        page = self.folder(name) / "gate"
+        with contextlib.suppress(OSError, GateError), contextlib.closing(GatePage.open(page)) as mapped:
+            self.kill_agent(name)
+            found = mapped.daemon()
+            generation = 0 if found is None else found.generation
+            over = "the test is over"
+            mapped.publish(
+                DaemonHalf(order=Order.STOP, generation=generation + 1, reason=over, lease_deadline_ns=0)
             )
-        )

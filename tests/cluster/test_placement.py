@@ -30,11 +30,12 @@ def test_a_name_that_ray_does_not_know_is_answered_with_those_it_has() -> None:
 
 
 def test_what_is_kept_stays_only_where_it_is_what_is_wanted() -> None:
-    wanted = Wanted(node="gpu1", head="10.0.0.9:8723", run_dir="/run/stepguard/r", python=None)
-    told = {"head": wanted.head, "run_dir": wanted.run_dir, "python": None, "machine": "a1", "pid": 7}
+    wanted = Wanted(node="gpu1", head="10.0.0.9:8723", run_dir="/run/stepguard/r", python=None, config="/c")
+    told = {"head": wanted.head, "run_dir": wanted.run_dir, "python": None, "config": "/c"}
+    told |= {"machine": "a1", "pid": 7}
     assert wanted.is_kept(told, ONE)
     assert not wanted.is_kept(told, TWO), "a machine that came back is another one to Ray"
-    for key in ("head", "run_dir", "python"):
+    for key in ("head", "run_dir", "python", "config"):
         assert not wanted.is_kept({**told, key: "/other"}, ONE)
 
 

@@ -10,18 +10,36 @@ from hypothesis import strategies as st
 from strange_events import events, gaps
 
 from stepguardd.core import cluster
-from stepguardd.core.commands import Command, Notify, PublishGate
+from stepguardd.core.commands import Command, Notify, PublishGate, StartServer, StopServer
 from stepguardd.core.decide import decide
 from stepguardd.core.events import (
+    Answer,
     BatchReported,
     DaemonStarted,
+    EffectEnded,
     Event,
     NodeAcknowledged,
     NodeJoined,
     NodeLost,
     OperatorAsked,
+    Proc,
+    ProcessExited,
+    ServerProbed,
+    Tick,
+    TreeSeen,
 )
-from stepguardd.core.state import Gate, GateOrder, Mode, Node, NodeState, Settings, State, initial
+from stepguardd.core.state import (
+    Gate,
+    GateOrder,
+    Mode,
+    Node,
+    NodeState,
+    Server,
+    ServerState,
+    Settings,
+    State,
+    initial,
+)
 from stepguardd.testing import Promises
 
 NAMES = ("n1", "n2", "n3")
@@ -280,3 +298,42 @@ def test_a_node_that_the_config_does_not_have_is_nobody() -> None:
     run.feed(NodeLost(node="stranger", why="silent"))
     assert run.state.nodes == before.nodes
     assert all(node.state is NodeState.PRESENT for node in run.state.nodes)
+
+
+def test_a_server_that_is_lost_with_its_machine_is_restarted_when_the_machine_is_back() -> None:
+    run = Cluster(Mode.ACT)
+    server = Server(name="s", managed=True, node="n2", state=ServerState.SERVING, seen=True)
+    one = Proc(pid=7, start_ticks=1, role="server")
+    run.state = replace(run.state, servers=(replace(server, procs=(one,)),))
+    run.all_joined()
+    run.lose("n2")
+    run.feed(ProcessExited(server="s", proc=one))
+    for _ in range(5000):
+        run.feed(Tick())
+    assert run.state.servers[0].state is ServerState.DEAD
+    assert [command for command in run.told if isinstance(command, StopServer | StartServer)] == []
+    run.connect("n2")
+    (stop,) = (command for command in run.told if isinstance(command, StopServer))
+    for _ in range(100):
+        run.feed(Tick())
+    run.lose("n2")
+    for _ in range(5000):
+        run.feed(Tick())
+    run.connect("n2")
+    run.feed(Tick())
+    assert run.state.lockout is None, "a machine that is away is no stop that fails"
+    run.feed(EffectEnded(intent=stop.intent, ok=True))
+    for _ in range(500):
+        run.feed(Tick())
+    assert any(isinstance(command, StartServer) for command in run.told)
+
+
+def test_a_server_elsewhere_is_first_started_when_its_agent_says_that_it_does_not_run() -> None:
+    run = Cluster(Mode.ACT)
+    run.state = replace(run.state, servers=(Server(name="s", managed=True, node="n2"),))
+    for _ in range(50):
+        run.feed(ServerProbed(server="s", ready=Answer.REFUSED, model_info=Answer.REFUSED))
+    assert [command for command in run.told if isinstance(command, StartServer)] == []
+    run.all_joined()
+    run.feed(TreeSeen(server="s", procs=()))
+    assert any(isinstance(command, StartServer) for command in run.told)

@@ -36,7 +36,6 @@ from .effects.backends.contract import port_of
 from .effects.canary import canary
 from .effects.gpu_memory import Look, Release, baseline, given_back
 from .effects.outcome import Outcome, failed
-from .effects.processes import resume
 from .effects.rollback import prepare
 from .effects.trainer import Resume
 from .effects.weights import compare, push
@@ -222,7 +221,7 @@ class Acting:
         recovery = self._config.recovery
         match effect:
             case ContinueServer():
-                return await resume(effect.procs)
+                return await server.resume(effect.procs)
             case StopServer():
                 async with server.changing:
                     return await self._stop(server, effect)
@@ -267,7 +266,7 @@ class Acting:
 
 def _here(server: WatchedServer) -> bool:
     """Whether its GPUs can be this machine's."""
-    return port_of(server.settings.url) is not None
+    return server.settings.node is None and port_of(server.settings.url) is not None
 
 
 def _fits(outcome: Outcome) -> Outcome:

@@ -215,7 +215,11 @@ class Daemon:
         self._stream = RewardStream.of(self.config, self.state.stream_position, self.feed)
         for index, settings in enumerate(self.config.servers):
             self._servers[settings.name] = WatchedServer(
-                self.config, index, self._of_server, functools.partial(self._known, settings.name)
+                self.config,
+                index,
+                self._of_server,
+                functools.partial(self._known, settings.name),
+                self._nodes.have_done,
             )
         backend = trainers.trainer_backend(
             identity(self.config),
@@ -257,7 +261,7 @@ class Daemon:
     def _refuse_strangers(self) -> None:
         """Nothing is known of this run yet, and somebody else sits on a server's port: a wrong config."""
         for settings in self.config.servers:
-            if settings.backend != "process":
+            if settings.backend != "process" or settings.node is not None:
                 continue
             blocked = ProcessBackend(identity(self.config), settings, Path(os.devnull)).blocked()
             if blocked is not None:
@@ -367,7 +371,7 @@ class Daemon:
         stop_servers = self._taken_up and self.config.run.servers_on_stop == "stop"
         for server in self._servers.values():
             server.processes.close()
-            if stop_servers and server.settings.backend == "process":
+            if stop_servers and server.settings.backend == "process" and server.settings.node is None:
                 await server.backend.stop(server.backend.find())
             await server.http.close()
         if self._trainer is not None:

@@ -91,6 +91,7 @@ def core_server(config: Config, one: ServerSettings, *, now: float) -> Server:
         name=one.name,
         managed=one.backend != "none",
         hands=_HANDS.get(one.backend, Hands.OWN),
+        node=one.node,
         climb=Climb(own=own, limits=own),
         sizes=sizes(command, cwd=one.cwd, gpu_gib=config.memory.gpu_gib),
         since=now,
@@ -100,7 +101,9 @@ def core_server(config: Config, one: ServerSettings, *, now: float) -> Server:
 def refitted(known: Server, fresh: Server) -> Server:
     """What is known of a server, under the config of today; other arguments begin another climb."""
     climb = known.climb if known.climb.own == fresh.climb.own else fresh.climb
-    return replace(known, managed=fresh.managed, hands=fresh.hands, sizes=fresh.sizes, climb=climb)
+    return replace(
+        known, managed=fresh.managed, hands=fresh.hands, node=fresh.node, sizes=fresh.sizes, climb=climb
+    )
 
 
 def _number(text: str | None) -> float | None:

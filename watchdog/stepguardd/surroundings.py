@@ -111,7 +111,11 @@ class Surroundings:
         self._emit = emit
         self.unseen: dict[str, str] = {}
         """What is unknown, each with its cause in one line."""
-        self._logs = [FollowedLog(server.name, config.server_log(server)) for server in config.servers]
+        self._logs = [
+            FollowedLog(server.name, config.server_log(server))
+            for server in config.servers
+            if server.node is None
+        ]
         if config.trainer.log is not None or config.trainer.backend == "process":
             self._logs.append(FollowedLog(None, config.trainer_log()))
         self._logged_ooms: Counter[str] = Counter()

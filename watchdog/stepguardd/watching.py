@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Final
 
 from . import clock, proc
+from .cluster.far import Ask, FarBackend, FarProcesses
 from .config import Config
 from .core.events import Event, Proc
 from .core.state import Server, ServerState, Stage
 from .effects.backends import backend
-from .effects.backends.contract import port_of, value_of
+from .effects.backends.contract import Backend, port_of, value_of
+from .effects.outcome import Outcome
+from .effects.processes import resume
 from .incidents.collected import SCRAPE_BYTES_MAX, SCRAPE_EVERY_S, SERVERS_SCRAPED_MAX, Scrape
 from .sources import sglang
 from .sources.process import ServerProcesses
@@ -20,18 +23,37 @@ REPAIR_INTERVAL_S: Final = 0.2
 
 
 class WatchedServer:
-    """One server's parts: who owns it, its HTTP client, its processes."""
+    """
+    One server's parts: who owns it, its HTTP client, its processes.
+
+    Args:
+        config: the whole configuration.
+        index: which of its servers.
+        emit: where the events go.
+        now: the server as the core has it now.
+        ask: has the agent of another machine do something, for a server that is there.
+
+    """
 
     def __init__(
-        self, config: Config, index: int, emit: Callable[[Event], None], now: Callable[[], Server | None]
+        self,
+        config: Config,
+        index: int,
+        emit: Callable[[Event], None],
+        now: Callable[[], Server | None],
+        ask: Ask | None = None,
     ) -> None:
         self.settings = config.servers[index]
         default_log = config.run.state_dir / "servers" / f"{self.settings.name}.log"
         self.log = self.settings.log or default_log
-        self.backend = backend(identity(config), self.settings, self.log)
+        self._far: FarBackend | None = None
+        if self.settings.node is not None and ask is not None:
+            self._far = FarBackend(self.settings, ask)
+        self.backend: Backend = self._far or backend(identity(config), self.settings, self.log)
         self._names = sglang.Names()
         self.http = sglang.client(self.settings.url)
-        self.processes = ServerProcesses(self.settings.name, self.backend.find, emit)
+        here = ServerProcesses(self.settings.name, self.backend.find, emit)
+        self.processes: ServerProcesses | FarProcesses = here if self._far is None else FarProcesses()
         self.base_model = base_model(self.settings.command)
         self.changing = asyncio.Lock()
         self._changes = 0
@@ -45,6 +67,10 @@ class WatchedServer:
         """These are the server's processes from now on, whatever a look that is under way will find."""
         self._changes += 1
         self.processes.adopt(procs)
+
+    async def resume(self, procs: tuple[Proc, ...]) -> Outcome:
+        """Send SIGCONT to processes of its tree, where they are."""
+        return await (resume(procs) if self._far is None else self._far.resume(procs))
 
     async def look(self) -> None:
         """

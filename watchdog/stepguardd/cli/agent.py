@@ -12,6 +12,7 @@ import typer
 from stepguardd.cli.output import fail, print_json, say
 from stepguardd.cluster.agent import Agent, AgentError
 from stepguardd.cluster.wire import NODE_NAME, TokenError, read_token
+from stepguardd.config import ConfigError, load_config
 from stepguardd.urgency import urgent
 
 
@@ -25,6 +26,15 @@ def agent(
     ],
     node: Annotated[
         str | None, typer.Option("--node", help="Its name in cluster.nodes. By default the host's.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            "-c",
+            metavar="FILE",
+            help="A copy of the head's config: then servers with this node are started and watched here.",
+        ),
     ] = None,
     while_stdin: Annotated[
         bool, typer.Option("--while-stdin", help="Serve only as long as stdin, a pipe, is open.")
@@ -42,7 +52,15 @@ def agent(
     if not NODE_NAME.match(name):
         fail(f"--node {name!r:.80}: must be letters, digits, dots and dashes, 64 at most")
     try:
-        one = Agent(head=_address(head), node=name, run_dir=run_dir.absolute(), token=read_token(token_file))
+        one = Agent(
+            head=_address(head),
+            node=name,
+            run_dir=run_dir.absolute(),
+            token=read_token(token_file),
+            config=None if config is None else load_config(config),
+        )
+    except ConfigError as error:
+        fail(f"--config {error}")
     except TokenError as error:
         fail(f"--token-file {error}")
 

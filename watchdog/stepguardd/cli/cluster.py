@@ -83,7 +83,13 @@ def up(
     with _placement(settings, ray) as placement:
         where = head or _head(settings, placement)
         wanted = [
-            Wanted(node=node, head=where, run_dir=folder.replace(NODE, node), python=python)
+            Wanted(
+                node=node,
+                head=where,
+                run_dir=folder.replace(NODE, node),
+                python=python,
+                config=str(config.absolute()),
+            )
             for node in settings.cluster.nodes
         ]
         kept = placement.place(wanted, token, timeout_s=timeout_s, tell=_tell)

@@ -26,13 +26,16 @@ from stepguard.settings import FILE_NAME as GUARD_SETTINGS_FILE
 
 from .. import clock
 from ..config import Config
-from ..core.events import Event, TrainerExited, TrainerSeen
+from ..core.events import Event, LogSeen, TrainerExited, TrainerSeen, TreeSampled, TreeSeen
 from ..core.reasons import Reason
 from ..core.state import Gate, GateOrder, Mode, State, initial
 from ..effects.gate import LEASE_S, GateWriter
+from ..effects.outcome import failed
 from ..settings import core_settings
 from ..sources.trainer import ReportSocket, TrainerPage
 from ..surroundings import Surroundings
+from .far import message_of as message_of_outcome
+from .hands import Hands
 from .peers import PeerPage
 from .told import OF_THE_MACHINE, message_of
 from .wire import ALIVE_S, HANDSHAKE_S, LINE_BYTES_MAX, Wire, WireError, call
@@ -61,13 +64,16 @@ class Agent:
         node: this machine's name in `cluster.nodes`.
         run_dir: where this machine's page and socket are; the guard's STEPGUARD_RUN_DIR here.
         token: what the head and all agents hold.
+        config: the run's config, for the servers of this machine; without it none is started or watched.
 
     Raises:
         AgentError: on `run`, before anything of the run was touched.
 
     """
 
-    def __init__(self, *, head: tuple[str, int], node: str, run_dir: Path, token: str) -> None:
+    def __init__(
+        self, *, head: tuple[str, int], node: str, run_dir: Path, token: str, config: Config | None = None
+    ) -> None:
         self._head, self._node, self._run_dir, self._token = head, node, run_dir, token
         self._life = secrets.token_hex(8)
         self._stop = asyncio.Event()
@@ -86,9 +92,10 @@ class Agent:
         self._untold: deque[tuple[int, Event]] = deque(maxlen=UNTOLD_MAX)
         self._told = 0
         self._said = ""
-        config = Config()
-        self._state: State = initial(core_settings(config), Mode.HOLD, ())
-        self._surroundings = Surroundings(config, lambda: self._state, self._sensed)
+        self._hands = Hands(config, node, run_dir, self._of_server)
+        self._state: State = initial(core_settings(self._hands.config), Mode.HOLD, self._hands.known())
+        self._surroundings = Surroundings(self._hands.config, lambda: self._state, self._sensed)
+        self._asked: set[asyncio.Task[None]] = set()
 
     async def run(self, *, ready: Callable[[], None] = lambda: None, alive: IO[bytes] | None = None) -> None:
         """
@@ -113,6 +120,7 @@ class Agent:
                     self._surroundings.watch(),
                     self._once_joined(ready),
                     self._as_long_as(alive),
+                    *self._hands.work(),
                 )
                 running = [group.create_task(one) for one in work]
                 await self._stop.wait()
@@ -121,6 +129,7 @@ class Agent:
                 for task in running:
                     task.cancel()
         finally:
+            await self._hands.close()
             self._close()
 
     def stop(self) -> None:
@@ -148,6 +157,7 @@ class Agent:
                 f"{self._run_dir}: {error.strerror or error}; is --run-dir ours, and short?"
             ) from error
         self._page = TrainerPage(self._gate.page, self._seen, self._reports.drain)
+        self._hands.open()
         found = self._gate.found()
         if found is None:
             # Nobody goes on here before the head has spoken.
@@ -188,6 +198,19 @@ class Agent:
 
     def _sensed(self, event: Event) -> None:
         if isinstance(event, OF_THE_MACHINE):
+            self._tell(event)
+        elif isinstance(event, LogSeen):
+            self._tell(replace(event, position=None))  # ours to keep, and the head reads no log of ours
+
+    def _of_server(self, event: Event) -> None:
+        """What is seen of a server here; of how it does, only the newest is worth telling."""
+        if isinstance(event, TreeSeen):
+            servers = (
+                replace(one, procs=event.procs) if one.name == event.server else one
+                for one in self._state.servers
+            )
+            self._state = replace(self._state, servers=tuple(servers))
+        if not isinstance(event, TreeSampled) or self._wire is not None:
             self._tell(event)
 
     def _tell(self, event: Event) -> None:
@@ -262,6 +285,7 @@ class Agent:
             self._send({"kind": "page", "life": self._life, "order": order, "generation": self._generation})
             for number, event in self._untold:
                 self._send_event(number, event)
+            self._hands.tell_all()
             while True:
                 async with asyncio.timeout(SILENCE_S):
                     message = await wire.receive()
@@ -291,6 +315,10 @@ class Agent:
                 self._judged(message)
             case "settings":
                 self._settings(message.get("text"))
+            case "do":
+                task = asyncio.create_task(self._do(message))
+                self._asked.add(task)
+                task.add_done_callback(self._asked.discard)
             case _:
                 raise WireError("the head says what no head of this version says")
 
@@ -311,6 +339,16 @@ class Agent:
         if self._said:
             log.info("the head is there again")
             self._said = ""
+
+    async def _do(self, message: Mapping[str, Any]) -> None:
+        """Do it, and say so to whoever is the head by then."""
+        try:
+            outcome = await self._hands.do(message)
+        except WireError as wrong:
+            outcome = failed(str(wrong))
+        except OSError as error:
+            outcome = failed(f"{error.filename or message.get('server')}: {error.strerror or error}")
+        self._send({**message_of_outcome(outcome), "id": message.get("id")})
 
     def _show(self) -> None:
         if self._head_gate is not None:

@@ -9,6 +9,7 @@ trainer's machine alone, a verdict on a batch for any other.
 import asyncio
 import contextlib
 import logging
+import secrets
 import socket
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
@@ -29,8 +30,9 @@ from ..core.events import (
     OomSeen,
 )
 from ..core.state import Gate, NodeState, State
+from .far import NotDoneError
 from .peers import PeerPage
-from .told import event_of
+from .told import OfItsServers, event_of
 from .wire import ALIVE_S, LINE_BYTES_MAX, Wire, WireError, answer, kept_token
 
 log = logging.getLogger("stepguardd")
@@ -40,6 +42,7 @@ READOPTION_S: Final = 10.0
 SLEPT_S: Final = 1.0
 """A daemon that did not look for so long was itself asleep, and judges nobody by it."""
 CONNECTIONS_MAX: Final = 1024
+LINK_LOOK_S: Final = 0.1
 
 
 class _Link:
@@ -49,6 +52,7 @@ class _Link:
         self.wire = wire
         self.echo = echo
         self.life = life
+        self.over = asyncio.Event()
 
     def send(self, message: Mapping[str, object]) -> None:
         """Hand it over; an agent that does not read loses its connection, and is lost by its silence."""
@@ -82,6 +86,8 @@ class NodeLinks:
         self._socket: socket.socket | None = None
         self._token = ""
         self._talks: set[asyncio.Task[None]] = set()
+        self._asked: dict[str, asyncio.Future[Mapping[str, Any]]] = {}
+        self._servers_of = {server.name: server.node for server in config.servers}
         self.trainer_here = self._config.trainer is None
         self._own = PeerPage()
 
@@ -132,6 +138,9 @@ class NodeLinks:
 
     def here(self, state: State) -> State:
         """The state as far as it is of this machine: a pid of another one means nothing here."""
+        if any(server.node is not None and server.procs for server in state.servers):
+            servers = (one if one.node is None else replace(one, procs=()) for one in state.servers)
+            state = replace(state, servers=tuple(servers))
         return state if self.trainer_here else replace(state, trainer=replace(state.trainer, pid=None))
 
     def status(self) -> dict[str, object]:
@@ -161,6 +170,40 @@ class NodeLinks:
         self._guard_settings = text
         for link in self._links.values():
             link.send({"kind": "settings", "text": text})
+
+    async def have_done(
+        self, node: str, message: Mapping[str, object], timeout_s: float
+    ) -> Mapping[str, Any]:
+        """
+        Have a machine's agent do something, and wait for its word that it is done.
+
+        As long as the machine is lost it is not asked: the run is held for it, and people know. After a break
+        it is asked again under the same id, which the agent does once.
+
+        Raises:
+            NotDoneError: it was connected for `timeout_s`, and has not said so.
+
+        """
+        number, left_s = secrets.token_hex(8), timeout_s
+        done: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
+        self._asked[number] = done
+        try:
+            while left_s > 0:
+                link = self._links.get(node)
+                if link is None:
+                    await asyncio.sleep(LINK_LOOK_S)
+                    continue
+                began = clock.monotonic()
+                link.send({**message, "id": number})
+                over = asyncio.ensure_future(link.over.wait())
+                await asyncio.wait((done, over), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+                over.cancel()
+                if done.done():
+                    return done.result()
+                left_s -= max(LINK_LOOK_S, clock.monotonic() - began)
+        finally:
+            del self._asked[number]
+        raise NotDoneError(f"its agent has not done it within {timeout_s:.0f} s")
 
     def look(self) -> None:
         """See who is silent for too long."""
@@ -277,6 +320,7 @@ class NodeLinks:
                 link.echo = max(link.echo, _whole(message, "at"))
                 self._take(name, link, message)
         finally:
+            link.over.set()
             if self._links.get(name) is link:
                 del self._links[name]
                 log.info("cluster: node %s is not connected any more", name)
@@ -296,6 +340,10 @@ class NodeLinks:
                         self._event(name, link, event)
                     else:
                         self._say_refused(f"{name} tells of {message.get('name')!r:.60}, not known here")
+            case "done":
+                waiting = self._asked.get(str(message.get("id")))
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(message)
             case "bye":
                 self._lose(name, "its agent was stopped")
             case _:
@@ -305,7 +353,11 @@ class NodeLinks:
         if isinstance(event, GpuTroubled):
             self._feed(replace(event, text=f"{name}: {event.text}"))
         elif isinstance(event, OomSeen):
-            self._feed(replace(event, server=None, facts={**event.facts, "node": name}))
+            server = event.server if self._servers_of.get(event.server or "") == name else None
+            self._feed(replace(event, server=server, facts={**event.facts, "node": name}))
+        elif isinstance(event, OfItsServers):
+            if self._servers_of.get(event.server or "") == name:
+                self._feed(event)
         elif name == self._config.trainer:
             self._feed(event)
         elif isinstance(event, BatchReported):

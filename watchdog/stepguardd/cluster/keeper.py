@@ -44,11 +44,15 @@ class AgentKeeper:
         node: this machine's name in `cluster.nodes`.
         run_dir: where its gate page is.
         machine: Ray's id of the machine, for whoever asks.
+        config: the run's config, if it can be read here under this path; without it the agent starts nothing.
 
     """
 
-    def __init__(self, python: str | None, head: str, node: str, run_dir: str, machine: str) -> None:
+    def __init__(
+        self, python: str | None, head: str, node: str, run_dir: str, machine: str, config: str
+    ) -> None:
         self._python, self._head, self._node, self._machine = python, head, node, machine
+        self._config = config
         self._run_dir = Path(run_dir)
         self._lock = threading.Lock()
         self._over = threading.Event()
@@ -91,6 +95,7 @@ class AgentKeeper:
                 "head": self._head,
                 "run_dir": str(self._run_dir),
                 "machine": self._machine,
+                "config": self._config,
                 "pid": agent.pid if agent is not None and alive else None,
                 "joined": self._ready and alive,
                 "starts": self._starts,
@@ -153,6 +158,8 @@ class AgentKeeper:
         command = [self._python or sys.executable, "-m", "stepguardd", "agent", "--while-stdin", "--json"]
         command += ["--head", self._head, "--node", self._node]
         command += ["--run-dir", str(self._run_dir), "--token-file", str(self._token_file)]
+        if os.access(self._config, os.R_OK):
+            command += ["--config", self._config]
         log = self._run_dir / LOG_FILE
         too_long = log.exists() and log.stat().st_size > LOG_BYTES_MAX
         with log.open("wb" if too_long else "ab") as words:

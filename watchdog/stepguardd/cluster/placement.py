@@ -48,6 +48,7 @@ class Wanted:
     head: str
     run_dir: str
     python: str | None
+    config: str
 
     def is_kept(self, told: Mapping[str, Any], machine: Machine) -> bool:
         """Whether a keeper that tells this is already as wanted."""
@@ -57,6 +58,7 @@ class Wanted:
                 "head": self.head,
                 "run_dir": self.run_dir,
                 "python": self.python,
+                "config": self.config,
                 "machine": machine.ray_id,
             }.items()
         )
@@ -263,7 +265,7 @@ class Placement:
         deadline = clock.monotonic() + FREED_S
         while True:
             try:
-                return made.remote(one.python, one.head, one.node, one.run_dir, machine.ray_id)
+                return made.remote(one.python, one.head, one.node, one.run_dir, machine.ray_id, one.config)
             except ValueError:  # the name of the one before is not free yet
                 if clock.monotonic() > deadline:
                     raise PlacementError(

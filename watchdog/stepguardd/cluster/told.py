@@ -6,14 +6,27 @@ from typing import Any, Final, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
-from ..core.events import BatchReported, Event, GpuTroubled, OomSeen, RolloutsLost, TrainerExited, TrainerSeen
+from ..core.events import (
+    BatchReported,
+    Event,
+    GpuTroubled,
+    LogSeen,
+    OomSeen,
+    ProcessExited,
+    RolloutsLost,
+    TrainerExited,
+    TrainerSeen,
+    TreeSampled,
+    TreeSeen,
+)
 from ..sources.trainer import Reported
 from .wire import WireError
 
 OF_THE_TRAINER: Final[tuple[type, ...]] = (*get_args(Reported), TrainerSeen, TrainerExited)
 OF_THE_MACHINE: Final[tuple[type, ...]] = (OomSeen, GpuTroubled)
+OfItsServers = TreeSeen | TreeSampled | ProcessExited | LogSeen
 _KNOWN: Final[dict[str, TypeAdapter[Any]]] = {
-    kind.__name__: TypeAdapter(kind) for kind in (*OF_THE_TRAINER, *OF_THE_MACHINE)
+    kind.__name__: TypeAdapter(kind) for kind in (*OF_THE_TRAINER, *OF_THE_MACHINE, *get_args(OfItsServers))
 }
 
 

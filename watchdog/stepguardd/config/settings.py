@@ -125,6 +125,7 @@ class RunSettings(Section):
         return self
 
 
+_AGENTS_HANDS = frozenset({"process", "systemd", "docker", "none"})
 _NEEDED_KEYS = {"systemd": "unit", "docker": "container", "ray": "actor", "http": "hook"}
 
 
@@ -149,6 +150,12 @@ class ServerSettings(Section):
         'Stepguard has killed the actor `actor`; "http" = whoever answers at `hook`; "trainer" = the '
         'trainer, in whose processes it lives (verl), under the order RESYNC; "none" = somebody else: '
         "Stepguard watches it, holds the run when it fails, and never restarts it.",
+    )
+    node: Name | None = Field(
+        default=None,
+        description="The machine of `cluster.nodes` on which it runs: the agent there starts and ends it, as "
+        "`backend` says, and watches its processes. By default it is the daemon's own machine, or nobody's.",
+        examples=["node1"],
     )
     command: tuple[str, ...] = Field(
         default=(),
@@ -233,6 +240,11 @@ class ServerSettings(Section):
         for backend, key in _NEEDED_KEYS.items():
             if self.backend == backend and not getattr(self, key):
                 raise ValueError(f'{key} is missing: backend "{backend}" needs it')
+        if self.node is not None and self.backend not in _AGENTS_HANDS:
+            raise ValueError(
+                f"node goes with backend {', '.join(sorted(_AGENTS_HANDS))}: an agent has no part in "
+                f'"{self.backend}"; leave node out'
+            )
         if self.hook is not None and urlsplit(self.hook.get_secret_value()).scheme not in {"http", "https"}:
             raise ValueError("hook must begin with http:// or https://")
         return self
@@ -1124,7 +1136,7 @@ class Config(Section):
     reports: ReportSettings = Field(default_factory=ReportSettings)
     control: ControlSettings = Field(default_factory=ControlSettings)
     web: WebSettings = Field(default_factory=WebSettings)
-    cluster: ClusterSettings = Field(default_factory=ClusterSettings)
+    cluster: ClusterSettings = Field(default_factory=ClusterSettings, validate_default=True)
     trainer: LaunchSettings = Field(default_factory=LaunchSettings)
     alerts: AlertsSettings = Field(default_factory=AlertsSettings)
     slack: SlackSettings = Field(default_factory=SlackSettings)
@@ -1140,6 +1152,16 @@ class Config(Section):
             if names.count(name) > 1:
                 raise PydanticCustomError("names", f"has two called {name!r}; give each a name of its own")
         return servers
+
+    @field_validator("cluster")
+    @classmethod
+    def _servers_nodes_are_known(cls, cluster: ClusterSettings, info: ValidationInfo) -> ClusterSettings:
+        for server in info.data.get("servers", ()):
+            if server.node is not None and server.node not in cluster.nodes:
+                raise PydanticCustomError(
+                    "value_error", f"nodes has no {server.node!r}, where the server {server.name!r} is to be"
+                )
+        return cluster
 
     def server_log(self, server: ServerSettings) -> Path:
         """Where this server's output goes."""
@@ -1164,7 +1186,7 @@ def warnings(config: Config) -> list[str]:
                 f"127.0.0.1, and let "
                 "the server listen there too: it has no passwords"
             )
-        if server.backend == "process" and not _is_runnable(server):
+        if server.backend == "process" and server.node is None and not _is_runnable(server):
             found.append(
                 f"servers.{server.name}.command: {server.command[0]!r} is not found or may not be executed"
             )

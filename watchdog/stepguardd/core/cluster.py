@@ -12,7 +12,7 @@ from dataclasses import replace
 from .commands import PublishGate
 from .events import BatchReported, NodeAcknowledged, NodeJoined, NodeLost
 from .reasons import Reason
-from .state import Gate, GateOrder, Mode, Node, NodeState, State
+from .state import Gate, GateOrder, Mode, Node, NodeState, Server, State
 from .turn import Turn
 
 _FOR_THE_TRAINER = frozenset({GateOrder.RESYNC, GateOrder.ROLLBACK, GateOrder.SAVE})
@@ -74,6 +74,18 @@ def why_joining(state: State) -> Reason | None:
     """Whether the run still waits for a machine to come."""
     joining = any(node.state is NodeState.JOINING for node in state.nodes)
     return Reason.NODES_JOINING if joining else None
+
+
+def away(state: State, server: Server) -> bool:
+    """Whether nobody can lay hands on this server now: its machine is lost, or has not come yet."""
+    return server.node is not None and any(
+        node.name == server.node and node.state is not NodeState.PRESENT for node in state.nodes
+    )
+
+
+def in_reach_since(state: State, server: Server) -> float:
+    """Since when its machine's agent is there; long ago for a server that needs none."""
+    return max((node.since for node in state.nodes if node.name == server.node), default=float("-inf"))
 
 
 def agreed(state: State) -> bool:

@@ -155,7 +155,7 @@ def _take_in(turn: Turn, event: Event) -> None:
         case TrainerTree():
             relaunch.tree(turn, event)
         case NodeJoined():
-            cluster.joined(turn, event)
+            _on_join(turn, event)
         case NodeAcknowledged():
             cluster.acknowledged(turn, event)
         case NodeLost():
@@ -180,6 +180,8 @@ def _on_server(turn: Turn, event: _OfServer) -> None:
             server, suspicion = fleet.probed(server, event, turn.state.trainer, turn.state.settings, turn.now)
             if suspicion is None:
                 server, suspicion = weights.version_seen(turn, server, event)
+            if server.node is not None and _never_started(server):
+                suspicion = None  # whether it runs, the agent of its machine will say
         case TreeSampled():
             server, suspicion = fleet.sampled(server, event, turn.now)
         case ProcessExited():
@@ -202,6 +204,15 @@ def _on_server(turn: Turn, event: _OfServer) -> None:
         recovery.probed(turn, server, event)
     elif isinstance(event, TreeSampled):
         recovery.sampled(turn, server, event)
+
+
+def _on_join(turn: Turn, event: NodeJoined) -> None:
+    away = [server.name for server in turn.state.servers if cluster.away(turn.state, server)]
+    cluster.joined(turn, event)
+    for name in away:
+        server = turn.server(name)
+        if server is not None:
+            recovery.in_reach(turn, server)
 
 
 def _never_started(server: Server) -> bool:

@@ -216,6 +216,18 @@ def up(climb: Climb, ladder: Ladder, now: float) -> Climb | None:
     return replace(climb, limits=higher, rose=True)
 
 
+FLAGS: Final = frozenset(
+    {
+        "--mem-fraction-static",
+        "--max-running-requests",
+        "--chunked-prefill-size",
+        "--max-prefill-tokens",
+        "--max-total-tokens",
+    }
+)
+"""What `arguments` may hold."""
+
+
 def arguments(climb: Climb) -> tuple[tuple[str, str], ...]:
     """SGLang's flags for the limits that are not the server's own."""
     own, limits = climb.own, climb.limits

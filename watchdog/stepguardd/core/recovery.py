@@ -13,7 +13,7 @@ server answers every probe and serves the base model.
 
 from dataclasses import replace
 
-from . import budget, memory, planned, poison, rungs, unguarded, weights
+from . import budget, cluster, memory, planned, poison, rungs, unguarded, weights
 from .commands import ContinueServer, RunCanary, StartServer, StopServer
 from .events import Answer, EffectEnded, ServerProbed, TreeSampled
 from .fleet import Remedy, Suspicion, current, well
@@ -208,10 +208,12 @@ def _try_again(turn: Turn, server: Server) -> None:
 def ticked(turn: Turn, server: Server) -> None:
     """The timeouts of each stage, and another try of a server that was left out."""
     repair, settings = server.repair, turn.state.settings
+    if cluster.away(turn.state, server):
+        return  # what was asked of its agent is asked again when the machine is back
     if repair is None:
         _try_again(turn, server)
         return
-    waited_s = turn.now - repair.since
+    waited_s = turn.now - max(repair.since, cluster.in_reach_since(turn.state, server))
     match repair.stage:
         case Stage.CONTINUE:
             if waited_s > settings.cont_grace_s:
@@ -251,14 +253,26 @@ def _died(turn: Turn, server: Server, reason: Reason) -> None:
     turn.put(server)
     if reason is Reason.SERVER_DIED:
         poison.crashed(turn)
+    if cluster.away(turn.state, server):
+        return  # until its machine is back
     if server.managed and turn.may_act(repair.cause if repair is not None else reason):
+        restart(turn, server, reason)
+
+
+def in_reach(turn: Turn, server: Server) -> None:
+    """Its machine may be back: a server that died meanwhile, or with it, is started again."""
+    reason = server.reason or Reason.SERVER_DIED
+    waits = server.state is ServerState.DEAD and server.repair is None and server.managed
+    if cluster.away(turn.state, server) or turn.state.lockout is not None:
+        return
+    if waits and turn.may_act(reason):
         restart(turn, server, reason)
 
 
 def _stopped(turn: Turn, server: Server, reason: Reason) -> None:
     if server.repair is not None and server.repair.stage not in {Stage.CANARY, Stage.READY, Stage.WEIGHTS}:
         return
-    if not turn.may_act(reason):
+    if not turn.may_act(reason) or cluster.away(turn.state, server):
         if server.repair is None:
             _enter(turn, server, reason, Stage.WATCH, ServerState.SUSPECT)
         return

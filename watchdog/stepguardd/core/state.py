@@ -227,11 +227,13 @@ class Server:
     `health_at`: when it was last asked for a token. `planned_until`: the end of an announced silence.
     `owes_proof`: it was repaired where nothing may be sent to it, and is proven when that ends.
     `gpu_baseline`: the GPUs before it was started; what they come back to once it is ended.
+    `node` is the other machine whose agent has it in hand.
     """
 
     name: str
     managed: bool
     hands: Hands = Hands.OWN
+    node: str | None = None
     state: ServerState = ServerState.STARTING
     since: float = 0.0
     reason: Reason | None = None

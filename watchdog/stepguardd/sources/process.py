@@ -115,6 +115,10 @@ class ServerProcesses:
             self._emit(TreeSeen(server=self.server, procs=procs))
         self._exits.watch(frozenset(procs))
 
+    def tell(self) -> None:
+        """Say once more what is watched, to one who has not heard it."""
+        self._emit(TreeSeen(server=self.server, procs=self._procs))
+
     def sample(self) -> None:
         """Read each process's state and CPU time."""
         stats = [found for known in self._procs if (found := proc.stat(known.pid)) is not None]

@@ -151,7 +151,7 @@ def _once(procs: tuple[Proc, ...]) -> tuple[Proc, ...]:
 
 def program_missing(settings: ServerSettings) -> str | None:
     """Why a server's command could not run, found before anything is started; None when it can."""
-    if settings.backend != "process":
+    if settings.backend != "process" or settings.node is not None:
         return None
     program = settings.command[0]
     where = None if settings.cwd is None else str(settings.cwd)
