@@ -1,11 +1,15 @@
 """Weights that are not what their label says: seen, told by their own reasons, loaded anew, or held for."""
 
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from stepguardd.core import proof
 from stepguardd.core.breaker import Phase
-from stepguardd.core.commands import CompareWeights, PushWeights, StopServer
+from stepguardd.core.commands import AbortRequests, CompareWeights, PushWeights, StopServer
 from stepguardd.core.events import GreedyToken, WeightsLook
 from stepguardd.core.reasons import Reason
 from stepguardd.core.state import Settings
@@ -249,3 +253,116 @@ def test_a_replica_that_went_on_meanwhile_says_nothing() -> None:
     own = WeightsLook(server="a", version="v1", checksum="1", layout="x")
     peer = WeightsLook(server="b", version="v2", checksum="2", layout="x")
     assert proof.contradiction(own, peer, None) is None
+
+
+# ---- a trainer that reaches no guard call ----------------------------------------------------------
+
+RESYNC = Settings(stall_floor_s=300.0, stall_ceiling_s=600.0)
+
+
+def unheard(**trainer: object) -> World:
+    """A run whose restarted server waits for the RESYNC of a trainer that hears nothing."""
+    settings = replace(RESYNC, trainer_managed=bool(trainer.get("managed")))
+    fake = FakeServer(name="s", load=8)
+    world = World(fake, settings=settings, trainer=FakeTrainer(**trainer))  # type: ignore[arg-type]
+    world.steps(2)
+    world.trainer.listens, world.trainer.phase = False, "ROLLOUT"
+    world.kill()
+    assert world.run(60, until=lambda: world.order == "RESYNC")
+    return world
+
+
+def test_a_trainer_that_waits_for_a_stale_server_is_failed_fast_and_re_syncs_it() -> None:
+    """Its requests hang or are retried for as long as nobody ends them: no guard call, and no RESYNC."""
+    world = unheard()
+    world.trainer.waits_for = "s"
+    assert recovered(world, within_s=30.0)
+    assert world.all(AbortRequests)
+    assert not world.told("call")
+    assert not world.told("locked_out")
+
+
+def test_requests_are_ended_at_a_pace_and_of_the_stale_server_alone() -> None:
+    world = unheard()
+    world.run(20)
+    ends = [at for at, command in world.said if isinstance(command, AbortRequests)]
+    assert all(later - at >= 2.0 for at, later in pairwise(ends))
+    assert 5 <= len(ends) <= 12
+    world.trainer.phase = "SYNC"
+    world.run(2)
+    before = len(world.all(AbortRequests))
+    world.run(20)
+    assert len(world.all(AbortRequests)) == before, "what it asks now may be its push"
+
+
+def test_nothing_is_ended_where_nothing_runs_or_the_daemon_only_looks_on() -> None:
+    world = unheard()
+    world.fake.load = world.fake.running = 0
+    world.run(2)
+    before = len(world.all(AbortRequests))
+    world.run(20)
+    assert len(world.all(AbortRequests)) == before
+    looking_on = World(settings=RESYNC, mode="shadow")
+    looking_on.steps(2)
+    looking_on.fake.version = "base"
+    looking_on.run(60)
+    assert not looking_on.all(AbortRequests)
+
+
+@pytest.mark.parametrize("managed", [True, False])
+def test_the_wait_for_a_trainer_that_hears_nothing_ends_in_a_relaunch_or_locked_out(managed: bool) -> None:
+    world = unheard(managed=managed)
+    stands_still(world)
+    limit_s = world.state.settings.stall_ceiling_s
+    world.run(limit_s - 60.0)
+    assert world.order == "RESYNC", "a long step is no hang"
+    assert sum("asks for no order" in text for text in world.told("call")) == 1
+    if managed:
+        assert world.run(300, until=lambda: bool(world.trainer.starts))
+        assert any("has reached no guard call for 10 min" in text for text in world.told("action"))
+        assert recovered(world)
+    else:
+        world.run(300)
+        assert (world.state.phase, world.gate.reason) == (Phase.LOCKED_OUT, "weights_unproven")
+
+
+def test_a_trainer_that_moves_and_hears_nothing_has_twice_the_time() -> None:
+    world = unheard()
+    world.run(1.5 * world.state.settings.stall_ceiling_s)
+    assert world.order == "RESYNC"
+    world.run(world.state.settings.stall_ceiling_s)
+    assert world.state.phase is Phase.LOCKED_OUT
+
+
+def test_where_the_others_suffice_the_run_goes_on_without_the_server() -> None:
+    world = World("a", "b", settings=RESYNC)
+    world.steps(2)
+    world.trainer.listens = False
+    world.kill("a")
+    stands_still(world)
+    world.run(world.state.settings.stall_ceiling_s + 300.0)
+    assert any("the others go on without it" in text for text in world.told("call"))
+    assert world.order == "GO"
+
+
+@pytest.mark.parametrize("managed", [True, False])
+def test_a_rollback_that_a_deaf_trainer_never_hears_of_ends_too(managed: bool) -> None:
+    world = World(settings=replace(RESYNC, trainer_managed=managed), trainer=FakeTrainer(managed=managed))
+    world.steps(3)
+    world.trainer.listens = False
+    world.ask("rollback", before_step=2)
+    assert world.run(30, until=lambda: world.order == "ROLLBACK")
+    stands_still(world)
+    world.run(world.state.settings.stall_ceiling_s - 60.0)
+    assert world.order == "ROLLBACK"
+    if managed:
+        assert world.run(300, until=lambda: bool(world.trainer.starts))
+        assert world.trainer.starts[-1].target_step == 1
+    else:
+        world.run(300)
+        assert (world.state.phase, world.gate.reason) == (Phase.LOCKED_OUT, "rollback_failed")
+
+
+def stands_still(world: World) -> None:
+    """Its main thread makes no progress any more; its heartbeat may go on."""
+    world.trainer.stuck = True

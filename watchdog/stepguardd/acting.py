@@ -16,6 +16,7 @@ from stepguard.gate import PATH_BYTES_MAX
 
 from .config import Config
 from .core.commands import (
+    AbortRequests,
     CompareWeights,
     ContinueGeneration,
     ContinueServer,
@@ -215,6 +216,7 @@ class Acting:
         | RunCanary
         | PushWeights
         | CompareWeights
+        | AbortRequests
         | PauseGeneration
         | ContinueGeneration,
     ) -> Outcome:
@@ -251,6 +253,8 @@ class Acting:
                     base=server.base_model,
                     anew=effect.anew,
                 )
+            case AbortRequests():
+                return await generation.abort(server.http)
             case PauseGeneration():
                 return await generation.pause(server.http)
             case ContinueGeneration():

@@ -97,6 +97,14 @@ class CompareWeights:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AbortRequests:
+    """End every request of a server with wrong weights: who waits for the answers fails fast."""
+
+    intent: str
+    server: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PauseGeneration:
     """Let a server's requests wait, those that run and those that come."""
 
@@ -171,6 +179,7 @@ Effect = (
     | RunCanary
     | PushWeights
     | CompareWeights
+    | AbortRequests
     | PauseGeneration
     | ContinueGeneration
     | PrepareRollback

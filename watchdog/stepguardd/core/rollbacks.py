@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from . import checkpoints, fleet, recovery, relaunch
+from . import checkpoints, fleet, recovery, relaunch, stall
 from .breaker import Phase
 from .commands import PrepareRollback
 from .events import (
@@ -128,10 +128,25 @@ def rolled_back(turn: Turn, rollback: Rollback, ok: bool, detail: str) -> None:
 
 
 def wait(turn: Turn) -> None:
-    """A trainer that stands at the gate and does not roll back will not."""
+    """A trainer that stands at the gate and does not roll back will not, nor one that never comes there."""
     rollback, trainer, settings = turn.state.rollback, turn.state.trainer, turn.state.settings
-    if rollback is None or rollback.generation is None or trainer.phase != "HELD":
+    if rollback is None or rollback.generation is None:
+        return
+    if trainer.phase != "HELD":
+        _unheard(turn, rollback)
         return
     held_s = turn.now - max(rollback.since, trainer.phase_at or rollback.since)
     if held_s > settings.save_timeout_s:
         rolled_back(turn, rollback, False, f"no answer for {held_s:.0f} s")
+
+
+def _unheard(turn: Turn, rollback: Rollback) -> None:
+    waited_s = stall.deaf_s(turn.state, rollback.since, turn.now)
+    if waited_s is None:
+        return
+    phase = turn.state.trainer.phase
+    text = f"the trainer, in {phase}, has reached no guard call for {waited_s / 60:.0f} min"
+    if turn.state.settings.trainer_managed and turn.may_act(rollback.reason):
+        relaunch.hung(turn, Reason.TRAINER_STALLED, f"{text}, and is ordered to roll back")
+    if turn.state.rollback is not None:
+        rolled_back(turn, rollback, False, text)

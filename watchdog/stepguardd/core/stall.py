@@ -74,6 +74,19 @@ def ticked(turn: Turn) -> None:
         turn.note("warning", Reason.TRAINER_FROZEN, text)
 
 
+def deaf_s(state: State, asked_at: float, now: float) -> float | None:
+    """
+    For how long a trainer that was given an order has reached no guard call, once that is too long.
+
+    Until then None: a step may be long, and as long as anything of it moves it may have twice the time.
+    """
+    trainer, settings = state.trainer, state.settings
+    moved_at = max(asked_at, trainer.progress_at or asked_at, trainer.phase_at or asked_at)
+    waited_s = now - asked_at
+    still = now - moved_at > max(settings.resync_timeout_s, limit_s(state.stall, settings))
+    return waited_s if still or waited_s > 2.0 * settings.stall_ceiling_s else None
+
+
 def forgotten(stall: Stall) -> Stall:
     """What is left of it when the daemon comes back: nobody saw what happened meanwhile."""
     return replace(stall, entered_at=None, moved_at=None, clean=False, told=False)

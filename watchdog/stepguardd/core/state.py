@@ -188,6 +188,7 @@ class Repair:
     contradicted: bool = False
     push_failed: bool = False
     called: bool = False
+    aborted_at: float | None = None
     changed: bool = False
     restarts: bool = False
     started_at: float | None = None

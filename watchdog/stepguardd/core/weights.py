@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
-from . import proof, unguarded
-from .commands import CompareWeights, PushWeights
+from . import proof, relaunch, stall, unguarded
+from .breaker import Phase
+from .commands import AbortRequests, CompareWeights, PushWeights
 from .events import Answer, EffectEnded, OrderAcknowledged, ServerProbed, WeightsLook
 from .fleet import STALE_PROBES, Remedy, Suspicion, current
 from .giving_up import give_up
@@ -12,6 +13,8 @@ from .state import Mode, Newest, Repair, Server, ServerState, Stage
 from .turn import Turn
 
 RESYNC_TRIES = 3
+ABORTS_APART = 2
+_NO_ROLLOUTS = frozenset({"HELD", "SYNC"})
 
 
 def prove(turn: Turn, server: Server) -> None:
@@ -278,17 +281,22 @@ def waited(turn: Turn, server: Server, repair: Repair) -> bool:
     Proving the weights takes its time, and no longer: whether a new process is to be tried.
 
     A trainer that was asked can answer in a guard call alone: one in a long step or rollout is told of to a
-    person, and not locked out for that.
+    person, and neither locked out nor ended for that before it is as good as hung.
     """
     settings, trainer = turn.state.settings, turn.state.trainer
     nobody = trainer.alive is False or turn.state.mode is Mode.SHADOW
     if repair.resync_generation is not None and nobody:
-        repair = replace(repair, resync_generation=None)
+        repair = replace(repair, resync_generation=None, since=turn.now)
         server = replace(server, repair=repair)
         turn.put(server)
     since = repair.since
     if repair.resync_generation is not None and trainer.phase == "HELD":
         since = max(since, trainer.phase_at or since)
+    if _fails_slowly(turn, server, repair):
+        repair = replace(repair, aborted_at=turn.now)
+        server = replace(server, repair=repair)
+        turn.put(server)
+        turn.commands.append(AbortRequests(intent=turn.intent("abort"), server=server.name))
     late = turn.now - since > settings.resync_timeout_s
     if late and turn.may_act(repair.cause):
         if repair.resync_generation is None or trainer.phase == "HELD":
@@ -297,15 +305,42 @@ def waited(turn: Turn, server: Server, repair: Repair) -> bool:
             give_up(turn, server, Reason.WEIGHTS_UNPROVEN)
             return False
         if not repair.called:
-            turn.put(replace(server, repair=replace(repair, called=True)))
+            server = replace(server, repair=replace(repair, called=True))
+            turn.put(server)
             turn.note(
                 "call",
                 Reason.WEIGHTS_UNPROVEN,
                 f"{server.name} waits for a RESYNC; the trainer, in {trainer.phase}, asks for no order",
             )
+        _unheard(turn, server, since)
     elif again(turn, repair):
         prove(turn, server)
     return False
+
+
+def _fails_slowly(turn: Turn, server: Server, repair: Repair) -> bool:
+    """
+    Whether the trainer may wait for this server's answers: it reaches no guard call, and they are worthless.
+
+    Not while it stands at the gate or pushes: what it asks of the server then may be its own proof.
+    """
+    trainer, settings = turn.state.trainer, turn.state.settings
+    if repair.resync_generation is None or trainer.phase in _NO_ROLLOUTS or server.running == 0:
+        return False
+    return repair.aborted_at is None or turn.now - repair.aborted_at >= ABORTS_APART * settings.interval_s
+
+
+def _unheard(turn: Turn, server: Server, asked_at: float) -> None:
+    """The wait for a trainer that reaches no guard call ends: it is started again, or a person decides."""
+    waited_s = stall.deaf_s(turn.state, asked_at, turn.now)
+    if waited_s is None or turn.state.relaunch is not None:
+        return
+    phase = turn.state.trainer.phase
+    if turn.state.settings.trainer_managed and turn.state.phase is not Phase.SHADOW:
+        text = f"the trainer, in {phase}, has reached no guard call for {waited_s / 60:.0f} min"
+        relaunch.hung(turn, Reason.TRAINER_STALLED, f"{text}; {server.name} waits for its RESYNC")
+    if turn.state.relaunch is None:
+        give_up(turn, server, Reason.WEIGHTS_UNPROVEN)
 
 
 def serve(turn: Turn, server: Server) -> None:

@@ -1,4 +1,4 @@
-"""A server's requests wait, and go on: `/pause_generation` and `/continue_generation`, both idempotent."""
+"""A server's requests wait, go on or end: `/pause_generation`, `/continue_generation`, `/abort_request`."""
 
 from typing import Final
 
@@ -29,3 +29,11 @@ async def go_on(http: aiohttp.ClientSession) -> Outcome:
     if reply.answer in {Answer.OK, Answer.REFUSED, Answer.NOT_OFFERED}:
         return Outcome(ok=True)
     return failed(f"/continue_generation: {reply.answer.value}")
+
+
+async def abort(http: aiohttp.ClientSession) -> Outcome:
+    """End every request, also those that wait; each is answered with what it has. None where not offered."""
+    reply = await request(http, "POST", "/abort_request", timeout_s=TIMEOUT_S, body={"abort_all": True})
+    if reply.answer in {Answer.OK, Answer.REFUSED, Answer.NOT_OFFERED}:
+        return Outcome(ok=True)
+    return failed(f"/abort_request: {reply.answer.value}")

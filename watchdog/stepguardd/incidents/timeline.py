@@ -120,6 +120,7 @@ ACTS: Final = {
     "PushWeights": "weights pushed to",
     "CompareWeights": "look at the weights of",
     "PauseGeneration": "pause of",
+    "AbortRequests": "end of the requests of",
     "ContinueGeneration": "end of the pause of",
     "PrepareRollback": "search for a checkpoint to go back to",
     "StopTrainer": "stop of the trainer",

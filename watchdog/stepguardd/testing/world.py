@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from ..core.commands import (
+    AbortRequests,
     Command,
     CompareWeights,
     ContinueGeneration,
@@ -280,6 +281,8 @@ class FakeTrainer:
         managed: whether Stepguard starts it.
         can_start, can_stop: whether each succeeds.
         guarded: False for one of which only the log is known.
+        waits_for: the server whose answers it waits for, and will until it has them.
+        stuck: its heartbeat goes on, and nothing else of it moves.
 
     """
 
@@ -301,6 +304,9 @@ class FakeTrainer:
     can_start: bool = True
     can_stop: bool = True
     guarded: bool = True
+    waits_for: str | None = None
+    stuck: bool = False
+    progress: int = 0
     stopped: bool = False
     dead: bool = False
     starts: list[StartTrainer] = field(default_factory=list)
@@ -570,6 +576,7 @@ class World:
             return
         if not trainer.dead:
             trainer.beats += 1
+            trainer.progress += not trainer.stuck
         self.feed(
             TrainerSeen(
                 pid=trainer.pid,
@@ -577,7 +584,7 @@ class World:
                 step=trainer.step,
                 phase="HELD" if self._standing() else trainer.phase,
                 beats=trainer.beats,
-                progress=trainer.beats,
+                progress=trainer.progress,
                 acked_generation=trainer.acked,
                 weight_version=trainer.version,
                 handles_resync=trainer.handles_resync,
@@ -664,6 +671,8 @@ class World:
                 self._later(self.servers[effect.server].push_s, lambda: self._push(effect))
             case CompareWeights():
                 self._later(0.25, lambda: self._compare(effect))
+            case AbortRequests():
+                self._later(0.0, lambda: self._abort(effect))
             case PauseGeneration():
                 self._later(0.0, lambda: self._pause(effect, True))
             case ContinueGeneration():
@@ -723,6 +732,12 @@ class World:
         if ok:
             fake.paused = paused
         self._end(effect.intent, ok, "" if ok else "no answer")
+
+    def _abort(self, effect: AbortRequests) -> None:
+        """Who waited for an answer gets one, and comes to the gate."""
+        if self.trainer.waits_for == effect.server:
+            self.trainer.waits_for, self.trainer.listens = None, True
+        self._end(effect.intent, True)
 
     def _prepare(self, effect: PrepareRollback) -> None:
         before = effect.before_step
