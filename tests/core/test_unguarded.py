@@ -1,10 +1,11 @@
 """A trainer without the guard is held by its requests: its servers are paused, never for good."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
-from stepguardd.core.commands import ContinueGeneration, PauseGeneration, RunCanary
+from stepguardd.core.commands import ContinueGeneration, PauseGeneration, PushWeights, RunCanary
 from stepguardd.core.state import Halted, Settings
 from stepguardd.testing import FakeServer, FakeTrainer, World
 
@@ -266,3 +267,71 @@ def test_a_first_start_and_weights_that_never_change_are_no_such_news() -> None:
     world.kill()
     assert world.run(60, until=lambda: world.server().usable and world.server().restarts == 1)
     assert not any("nothing proves it" in text for text in world.told("call"))
+
+
+PUSH = Settings(push_weights=True, backoff_first_s=0.0)
+
+
+def restarted(world: World, name: str) -> bool:
+    return world.run(60, until=lambda: world.server(name).usable and world.server(name).restarts == 1)
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("a",)])
+def test_a_restarted_server_gets_the_newest_weights_that_were_served(names: tuple[str, ...]) -> None:
+    """The trainer names no version as its own; what rollouts were generated with stands for it."""
+    world = unguarded(*names, settings=PUSH)
+    newest = world.trainer.version
+    world.kill("a")
+    assert restarted(world, "a")
+    assert [push.version for push in world.all(PushWeights)] == [newest]
+    assert world.servers["a"].version == newest
+    assert not world.told("call")
+    assert any("with the newest that was served" in text for text in world.told("action"))
+
+
+def test_weights_that_do_not_load_are_told_and_not_waited_for() -> None:
+    world = unguarded("a", "b", settings=PUSH)
+    world.servers["a"].can_load = False
+    world.kill("a")
+    assert restarted(world, "a")
+    assert len(world.all(PushWeights)) == 1
+    assert any("could not be pushed" in text for text in world.told("call"))
+    assert any("nothing proves it" in text for text in world.told("call"))
+    assert not world.told("locked_out")
+
+
+def without_versions(*, weights: str) -> World:
+    """Two servers of which every process says `default`; the one that is killed comes back with weights."""
+    world = unguarded("a", "b", settings=replace(PUSH, push_weights=False))
+    for fake in world.servers.values():
+        fake.version = fake.base_version = "default"
+        fake.weights = "trained"
+    world.run(3)
+    world.kill("a")
+    assert world.run(60, until=lambda: len(world.servers["a"].starts) == 2)
+    world.servers["a"].weights = weights
+    assert restarted(world, "a")
+    return world
+
+
+def test_the_weights_of_another_server_expose_those_of_a_restarted_one() -> None:
+    """Where nobody names versions, both say the same: the base model beside the trained one."""
+    (told,) = [text for text in without_versions(weights="base").told("call") if "after its restart" in text]
+    assert "a and b both say default, with checksums" in told
+
+
+def test_the_same_weights_as_another_servers_are_no_news() -> None:
+    world = without_versions(weights="trained")
+    assert not world.told("call")
+    assert any("with the newest that was served" in text for text in world.told("action"))
+
+
+def test_weights_that_are_not_what_they_are_called_are_loaded_anew() -> None:
+    """The push said the right version and brought another model: once more, and then it is told."""
+    world = unguarded("a", "b", settings=PUSH)
+    world.servers["a"].wrong_loads = 1
+    world.kill("a")
+    assert restarted(world, "a")
+    assert [push.anew for push in world.all(PushWeights)] == [False, True]
+    assert world.servers["a"].weights is None
+    assert not world.told("locked_out")

@@ -24,22 +24,24 @@ class Patient(MiniTrainer):
 
     def __init__(self, run: SmallRun) -> None:
         super().__init__(run.run_dir, run.url, run.weights, resync=True)
-        self.slowed = threading.Event()
+        self.patient, self.slowed = threading.Event(), threading.Event()
         self.tokens = 2
         self.aborted = 0
 
     async def _rollout(self) -> dict[str, Any]:
         async with httpx.AsyncClient(base_url=self._url, timeout=600, trust_env=False) as http:
             while not self.stopping.is_set():
-                late = self.slowed.is_set()
+                late, tokens = self.slowed.is_set(), self.tokens
+                if tokens == TOKENS:
+                    self.patient.set()
                 with contextlib.suppress(httpx.HTTPError):
-                    sampling = {"max_new_tokens": self.tokens, "ignore_eos": True}
+                    sampling = {"max_new_tokens": tokens, "ignore_eos": True}
                     body = {"input_ids": PROMPT, "sampling_params": sampling}
                     reply = (await http.post("/generate", json=body)).raise_for_status().json()
                     if reply["meta_info"]["finish_reason"]["type"] == "abort":
                         self.aborted += 1
                         raise RuntimeError("the rollout was aborted")
-                    if self.tokens == 2 or late:
+                    if tokens == 2 or late:
                         return {"version": reply["meta_info"]["weight_version"]}
                 await asyncio.sleep(0.05)
         raise RuntimeError("the test is over")
@@ -60,6 +62,7 @@ def test_a_trainer_that_waits_for_a_stale_server_is_failed_fast(tmp_path: Path, 
         try:
             run.until(lambda: trainer.committed >= 2, "two steps")
             trainer.tokens = TOKENS
+            run.until(trainer.patient.is_set, "a request that it waits for")
             run.kill_scheduler()
             run.until(lambda: run.order() == "RESYNC", "the new server is stale")
             with httpx.Client(base_url=run.url, timeout=60, trust_env=False) as http:

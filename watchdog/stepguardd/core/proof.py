@@ -6,6 +6,7 @@ themselves, but have to be known from somewhere: from an earlier proof of the sa
 replica that serves it.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .events import GreedyToken, WeightsLook
@@ -99,6 +100,23 @@ def contradiction(
         text = f"{own.server} and {peer.server} both say {own.version} and answer differently"
         return Contradiction(reason=Reason.ANSWER_DIFFERS, text=text, peer=peer.server)
     return None
+
+
+def alike(own: WeightsLook, peer: WeightsLook | None) -> bool:
+    """Whether two servers showed the same weights, and not merely nothing that tells them apart."""
+    if peer is None or own.version is None or contradiction(own, peer, None) is not None:
+        return False
+    summed = None not in {own.checksum, peer.checksum} and own.layout == peer.layout
+    return own.version == peer.version and (summed or bool(own.greedy and peer.greedy))
+
+
+def newest(versions: Iterable[str | None]) -> str | None:
+    """The version that none of them is newer than; of those that cannot be compared, the first."""
+    found: str | None = None
+    for version in versions:
+        if version is not None and (found is None or older(found, version)):
+            found = version
+    return found
 
 
 def number(version: str) -> tuple[str, int] | None:

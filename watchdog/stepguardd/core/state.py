@@ -169,6 +169,7 @@ class Repair:
     An effect that failed and may be tried again is, but not before `again_at`.
     `compared` tells that the weights showed what they should. Those that did not are `distrusted` until they
     are loaded anew, whatever version the server says, and `contradicted` for the whole repair.
+    `vouched` tells that the weights of a trainer without the guard are the newest that were served.
     """
 
     cause: Reason
@@ -187,6 +188,7 @@ class Repair:
     distrusted: bool = False
     contradicted: bool = False
     push_failed: bool = False
+    vouched: bool = False
     called: bool = False
     aborted_at: float | None = None
     changed: bool = False
@@ -227,6 +229,7 @@ class Server:
     `doubted` and `health_due` say what is to be asked now: the scheduler, or for a token.
     `health_at`: when it was last asked for a token. `planned_until`: the end of an announced silence.
     `owes_proof`: it was repaired where nothing may be sent to it, and is proven when that ends.
+    `served_version`: what it last served rollouts with, also after its process is gone.
     `gpu_baseline`: the GPUs before it was started; what they come back to once it is ended.
     `node` is the other machine whose agent has it in hand.
     """
@@ -241,6 +244,7 @@ class Server:
     procs: tuple[Proc, ...] = ()
     gpu_baseline: tuple[GpuBaseline, ...] = ()
     weight_version: str | None = None
+    served_version: str | None = None
     repair: Repair | None = None
     budget: Budget = field(default_factory=Budget)
     restarts: int = 0

@@ -30,10 +30,12 @@ def prove(turn: Turn, server: Server) -> None:
         return
     if unguarded.paused(turn.state, server.name):
         return  # being lifted: SGLang 0.5.23 dies of two loads into a paused server
+    if _unguarded(turn, repair):
+        _prove_unguarded(turn, server, repair)
+        return
     nobody = trainer.pid is None or trainer.alive is False
     unannounced = repair.cause is Reason.SERVER_STARTING and trainer.weight_version is None
     if settings.weights_fixed or nobody or unannounced:
-        _tell_unproven(turn, server, repair)
         serve(turn, server)  # nobody holds other weights yet: the trainer pushes its own when it starts
         return
     known = server.weight_version is not None and trainer.weight_version is not None
@@ -59,26 +61,69 @@ def prove(turn: Turn, server: Server) -> None:
         turn.put(replace(server, repair=replace(repair, resync_generation=generation)))
 
 
-def _unproven(turn: Turn, repair: Repair) -> bool:
+def _unguarded(turn: Turn, repair: Repair) -> bool:
     """Whether a new process serves a trainer without the guard, which names no version as its own."""
     anew = repair.restarts or repair.cause is Reason.SERVER_RETURNED
     fixed = turn.state.settings.weights_fixed or turn.state.trainer.alive is False
     return anew and not fixed and unguarded.known(turn.state)
 
 
-def _tell_unproven(turn: Turn, server: Server, repair: Repair) -> None:
-    if not _unproven(turn, repair):
-        return
+def _prove_unguarded(turn: Turn, server: Server, repair: Repair) -> None:
+    """
+    The newest version that was served has to stand for the trainer's own.
+
+    It is loaded where it lies on the disk, and compared with what another server of it shows; where neither
+    proves anything the server serves all the same, and people are told: the run is not held by its page.
+    """
+    newest = proof.newest([*_theirs(turn, server), server.served_version])
+    behind = server.weight_version != newest or repair.distrusted
+    acts = turn.state.mode is not Mode.SHADOW
+    if acts and behind and newest is not None and turn.state.settings.push_weights and not repair.push_failed:
+        intent = turn.intent("push")
+        turn.put(replace(server, repair=replace(repair, intent=intent, pushing=newest)))
+        turn.commands.append(
+            PushWeights(intent=intent, server=server.name, version=newest, anew=repair.distrusted)
+        )
+    elif acts and not repair.compared and server.weight_version is not None:
+        _compare(turn, server, repair)
+    else:
+        _serve_unguarded(turn, server, repair)
+
+
+def _theirs(turn: Turn, server: Server) -> list[str]:
+    """What the other servers serve."""
     others = (one for one in turn.state.servers if one.name != server.name)
-    theirs = sorted({one.weight_version for one in others if one.usable and one.weight_version is not None})
-    beside = f"; the others serve {', '.join(theirs[:3])}" if theirs else ""
-    served = "an unnamed version" if server.weight_version is None else f"version {server.weight_version}"
-    turn.note(
-        "call",
-        Reason.WEIGHTS_UNPROVEN,
-        f"{server.name} serves {served} after its restart{beside}: nothing proves it, because the trainer "
-        "has no guard; rollouts are of these weights until it pushes its own",
-    )
+    return sorted({one.weight_version for one in others if one.usable and one.weight_version is not None})
+
+
+def _unguarded_compared(
+    turn: Turn, server: Server, repair: Repair, own: WeightsLook, peer: WeightsLook | None
+) -> None:
+    """The other server was not restarted: if the two differ, this one is wrong."""
+    found = proof.contradiction(own, peer, None)
+    if found is not None and turn.state.settings.push_weights and not repair.contradicted:
+        turn.note("call", found.reason, found.text)
+        _distrust(turn, server, repair, found.reason)
+        return
+    repair = replace(repair, compared=True, vouched=repair.vouched or proof.alike(own, peer))
+    repair = replace(repair, vouched=repair.vouched and found is None)
+    _serve_unguarded(turn, replace(server, repair=repair), repair, "" if found is None else found.text)
+
+
+def _serve_unguarded(turn: Turn, server: Server, repair: Repair, against: str = "") -> None:
+    if not repair.vouched:
+        theirs = _theirs(turn, server)
+        beside = f"; the others serve {', '.join(theirs[:3])}" if theirs else ""
+        version = server.weight_version
+        served = "an unnamed version" if version is None else f"version {version}"
+        why = against or "nothing proves it, because the trainer has no guard"
+        turn.note(
+            "call",
+            Reason.WEIGHTS_UNPROVEN,
+            f"{server.name} serves {served} after its restart{beside}: {why}; "
+            "rollouts are of these weights until it pushes its own",
+        )
+    serve(turn, server)
 
 
 def again(turn: Turn, repair: Repair) -> bool:
@@ -147,7 +192,16 @@ def _confirm(turn: Turn, server: Server, repair: Repair) -> None:
     others = [one for one in turn.state.servers if one.name != server.name]
     if repair.contradicted and any(one.repair is not None and one.repair.distrusted for one in others):
         return  # the other one of the two is being loaded anew: then they can be compared again
-    like = (one.name for one in others if one.weight_version == server.weight_version and _comparable(one))
+    _compare(turn, server, repair)
+
+
+def _compare(turn: Turn, server: Server, repair: Repair) -> None:
+    like = (
+        one.name
+        for one in turn.state.servers
+        if one.name != server.name and one.weight_version == server.weight_version
+        if _comparable(one) and not unguarded.paused(turn.state, one.name)
+    )
     other = next(like, None)
     intent = turn.intent("compare")
     turn.put(replace(server, repair=replace(repair, intent=intent, comparing=True, since=turn.now)))
@@ -175,6 +229,9 @@ def _compared(turn: Turn, server: Server, repair: Repair, looks: tuple[WeightsLo
     if own.version is None or own.version != server.weight_version:
         # Unknown, or the trainer pushed another meanwhile: the version still has the word.
         _go_on(turn, server, replace(repair, compared=own.version is None))
+        return
+    if _unguarded(turn, repair):
+        _unguarded_compared(turn, server, repair, own, peer)
         return
     known = proof.answer(turn.state.answers, attempt, own.version)
     found = proof.contradiction(own, peer, known)
@@ -226,6 +283,8 @@ def version_seen(turn: Turn, server: Server, event: ServerProbed) -> tuple[Serve
     a relaunch or the server's own repair puts weights where they belong.
     """
     trainer, version = turn.state.trainer, event.weight_version
+    if version is not None and server.state is ServerState.SERVING:
+        server = replace(server, served_version=version)
     settled = turn.state.rollback is None and turn.state.relaunch is None and server.repair is None
     serving = server.state is ServerState.SERVING
     if version is None or trainer.pid is None or trainer.alive is False or not (settled and serving):
@@ -259,6 +318,7 @@ def _push_ended(turn: Turn, server: Server, repair: Repair, event: EffectEnded) 
         intent=None,
         changed=repair.changed or (event.ok and not event.needless),
         push_failed=not event.ok,
+        vouched=event.ok and _unguarded(turn, repair),
         compared=repair.compared and not event.ok,
         distrusted=repair.distrusted and not event.ok,
         again_at=None if event.ok else turn.now + turn.state.settings.interval_s,
@@ -361,5 +421,7 @@ def serve(turn: Turn, server: Server) -> None:
     )
     turn.put(server.move(ServerState.SERVING, turn.now, None))
     if repair.restarts:
-        how = "with weights that nothing proves" if _unproven(turn, repair) else "weights proven current"
+        how = "weights proven current"
+        if _unguarded(turn, repair):
+            how = "with the newest that was served" if repair.vouched else "with weights that nothing proves"
         turn.note("action", repair.cause, f"{server.name} serves again, {how}")
