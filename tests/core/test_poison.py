@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from stepguardd import status
 from stepguardd.core.commands import MarkPrompts, StartServer
 from stepguardd.core.events import OomKind, OomSeen, Role, RolloutsLost
 from stepguardd.core.state import Mode, Settings
@@ -199,3 +200,15 @@ def test_one_server_of_four_that_dies_explains_the_batches_that_fail_by_it() -> 
         assert world.run(600, until=lambda: world.server("a").usable)
         assert not world.batch(failed=20, refused="failed_fraction", began=began)
         assert (world.state.trip, world.order) == (None, "GO")
+
+
+def test_the_status_names_suspects_and_who_is_withheld() -> None:
+    world = World()
+    world.steps(5)
+    crash(world, *batch(0, 200))
+    assert status.prompts(world.state, []) is None
+    crash(world, *batch(0, 200))
+    told = status.prompts(world.state, ["p900"])
+    assert told is not None
+    assert (told["crashes"], told["suspected"], told["withheld"]) == (2, 200, 1)
+    assert (told["suspects"], told["quarantine"]) == (batch(0, 16), ["p900"])

@@ -161,6 +161,7 @@ def test_a_prompt_that_kills_the_server_is_found_and_withheld(tmp_path: Path) ->
     log = daemon_log(tmp_path / "poison")
     assert "in flight at 2 crashes of the server" in log, "it did not die of the prompt"
     assert log.count("kills the server: alone in flight") == 1
+    assert "ran out of memory" not in log
     trainer = (tmp_path / "poison/guarded/trainer.log").read_text()
     assert "withheld, as the file quarantine says" in trainer
     assert (guarded["garbage_steps"], guarded["restarts"], guarded["holds"]) == (0, 3, 1)

@@ -66,6 +66,13 @@ WORST: dict[str, Any] = {
     ],
     "stream": {"path": "/p" * 90, "metric": "m" * 90, "step": 10**12, "reward": "NaN", "age_s": 1e9},
     "checkpoints": [{"step": 10**9, "proven": True}],
+    "prompts": {
+        "crashes": 10**9,
+        "suspected": 10**9,
+        "suspects": ["p" * 90] * 16,
+        "withheld": 10**9,
+        "quarantine": ["q" * 90] * 16,
+    },
     "rewards": [i / 60 for i in range(60)],
     "warnings": ["beware " * 100] * 50,
     "refused_batches": 10**9,
@@ -85,6 +92,18 @@ def test_what_is_unseen_is_named_while_nothing_is_wrong() -> None:
     assert not any("Unseen" in line for line in drawn(WELL))
     assert not any("Unseen" in line for line in drawn(WORST))
     assert len(drawn({**WORST, "incident": None})) < 24
+
+
+def test_prompts_that_kill_the_server_have_their_line() -> None:
+    hunt = {"crashes": 2, "suspected": 8, "suspects": ["p3", "p4", "p5"], "withheld": 0, "quarantine": []}
+    found = {"crashes": 0, "suspected": 0, "suspects": [], "withheld": 1, "quarantine": ["p3"]}
+    for prompts, line in (
+        (hunt, "Prompts  8 suspects after 2 crashes: p3, p4 …"),
+        (found, "Prompts  1 withheld: p3"),
+        ({**hunt, "withheld": 1, "quarantine": ["p9"]}, "p3, p4 …; 1 withheld: p9"),
+    ):
+        assert any(line in shown for shown in drawn({**WELL, "prompts": prompts})), prompts
+    assert not any("Prompts" in shown for shown in drawn({**WELL, "prompts": None}))
 
 
 def test_the_worst_servers_are_shown_first() -> None:
@@ -307,6 +326,17 @@ ANY_JSON = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False
                     "reward": ANY_JSON,
                     "age_s": ANY_JSON,
                     "trouble": ANY_JSON,
+                },
+            ),
+            "prompts": st.none()
+            | st.fixed_dictionaries(
+                {},
+                optional={
+                    "crashes": ANY_JSON,
+                    "suspected": st.integers(0),
+                    "suspects": st.lists(st.text(max_size=60), max_size=16),
+                    "withheld": st.integers(0),
+                    "quarantine": st.lists(st.text(max_size=60), max_size=16),
                 },
             ),
             "rewards": st.lists(st.none() | st.floats(-1e6, 1e6), max_size=70),

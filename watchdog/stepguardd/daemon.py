@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from stepguard.gate import GateError
+from stepguard.prompts import QUARANTINE_FILE, names_in
 from stepguard.settings import FILE_NAME as GUARD_SETTINGS_FILE
 
 from . import clock, status
@@ -556,7 +557,8 @@ class Daemon:
             journal_failure=self.journal.failure,
         )
         unseen = {**status.unseen(self.state), **self._surroundings.unseen}
-        found = {**found, **self._nodes.status()}
+        withheld = names_in(self.config.run.run_dir / QUARANTINE_FILE)
+        found = {**found, **self._nodes.status(), "prompts": status.prompts(self.state, withheld)}
         return {**found, **self._surroundings.status(), "unseen": unseen, "page": self._web.facts()}
 
     async def ask(self, verb: Verb, who: str, why: str, args: Mapping[str, object]) -> Mapping[str, object]:

@@ -83,6 +83,30 @@ def of(
     }
 
 
+_PROMPTS_NAMED: Final = 16
+
+
+def prompts(state: State, withheld: Sequence[str]) -> dict[str, object] | None:
+    """
+    Prompts that are suspected of killing a server, and those that are not sent any more; None without any.
+
+    Args:
+        state: the daemon's state.
+        withheld: the keys in the run's quarantine, oldest first.
+
+    """
+    suspects = state.suspects.apart
+    if not suspects and not withheld:
+        return None
+    return {
+        "crashes": state.suspects.crashes if suspects else 0,
+        "suspected": len(suspects),
+        "suspects": list(suspects[:_PROMPTS_NAMED]),
+        "withheld": len(withheld),
+        "quarantine": list(withheld[-_PROMPTS_NAMED:]),
+    }
+
+
 _UNOFFERED: Final = {
     "ready": "a pause shows only by requests that wait",
     "metrics": "requests and tokens are unknown: start it with --enable-metrics",

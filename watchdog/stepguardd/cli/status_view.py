@@ -20,6 +20,7 @@ from stepguardd.control.contract import (
     IncidentDict,
     LogDict,
     OomDict,
+    PromptsDict,
     SavedDict,
     ServerDict,
     StatusDict,
@@ -179,6 +180,8 @@ def _more(status: StatusDict) -> list[_Fact]:
         facts.append(_ooms(oom))
     if logs := status.get("logs"):
         facts.append(_logs(logs))
+    if prompts := status.get("prompts"):
+        facts.append(_ranked("Prompts", _prompts(prompts)))
     unseen = status.get("unseen")
     if unseen and not status.get("incident"):  # in an incident the screen is for what is known
         facts.append(_Fact("Unseen", Text(_cut(", ".join(unseen), WIDTH), "dim"), 3))
@@ -205,6 +208,29 @@ def _stream(stream: StreamDict) -> _Fact:
     if stream.get("age_s") is not None:
         words += f", {_span(stream.get('age_s'))} ago"
     return _Fact("Stream", Text(words))
+
+
+def _prompts(prompts: PromptsDict) -> Text:
+    """Who is suspected of killing the server, and who is not sent any more."""
+    parts = []
+    if suspected := prompts.get("suspected"):
+        who = "suspect" if suspected == 1 else "suspects"
+        named = _named(prompts.get("suspects"), suspected)
+        parts.append(
+            (f"{_cut(suspected, 6)} {who} after {_cut(prompts.get('crashes'), 6)} crashes{named}", "yellow")
+        )
+    if withheld := prompts.get("withheld"):
+        parts.append((f"{_cut(withheld, 6)} withheld{_named(prompts.get('quarantine'), withheld)}", ""))
+    return Text("; ").join(Text(*part) for part in parts)
+
+
+def _named(keys: Sequence[str] | None, count: int) -> str:
+    shown = list(keys or ())[:2]
+    return (
+        f": {', '.join(_cut(key, 20) for key in shown)}" + (" …" if count > len(shown) else "")
+        if shown
+        else ""
+    )
 
 
 def _figure(value: float | str | None) -> str:

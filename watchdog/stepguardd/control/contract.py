@@ -223,6 +223,21 @@ class StreamDict(TypedDict, total=False):
     trouble: str | None
 
 
+class PromptsDict(TypedDict):
+    """
+    Prompts that are suspected of killing a server, and those that are withheld.
+
+    `suspected` were in flight at each of so many `crashes`; `suspects` are the first 16 of them, by their
+    keys. `withheld` stand in the run's file `quarantine`; `quarantine` are the newest 16 of them.
+    """
+
+    crashes: int
+    suspected: int
+    suspects: list[str]
+    withheld: int
+    quarantine: list[str]
+
+
 class PageDict(TypedDict, total=False):
     """Where the page is, or why there is none."""
 
@@ -257,6 +272,7 @@ class StatusDict(TypedDict, total=False):
     oom: dict[str, OomDict]
     logs: list[LogDict]
     stream: StreamDict | None
+    prompts: PromptsDict | None
     unseen: dict[str, str]
     incident: IncidentDict | None
     last_incident: IncidentDict | None

@@ -26,6 +26,7 @@ export function trainer(status) {
       ["Weights", text(one.weight_version)],
       ["Gate", text(status.gate?.order)],
       ["Batches refused", text(status.refused_batches)],
+      status.prompts ? ["Prompts", `${text(status.prompts.suspected)} suspected, ${text(status.prompts.withheld)} withheld`, status.prompts.suspected ? "warn" : ""] : null,
     ]));
 }
 
