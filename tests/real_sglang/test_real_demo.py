@@ -184,6 +184,18 @@ def test_foreign_weights_in_a_real_server_are_replaced_before_a_step(tmp_path: P
 
 
 @pytest.mark.usefixtures("each_fault")
+def test_a_prompt_that_kills_a_real_server_is_found_and_withheld(tmp_path: Path) -> None:
+    """A token that no vocabulary has: three starts of a real server, and the batch is whole without it."""
+    guarded = run_demo(tmp_path / "poison", "poison")
+    log = daemon_log(tmp_path / "poison")
+    assert "in flight at 2 crashes of the server" in log, "it did not die of the prompt"
+    assert log.count("kills the server: alone in flight") == 1
+    assert "ran out of memory" not in log
+    assert (guarded["holds"], guarded["restarts"]) == (1, 3)
+    assert starts(tmp_path / "poison/guarded/server.log") == 4
+
+
+@pytest.mark.usefixtures("each_fault")
 @pytest.mark.parametrize("mode", list(PauseMode))
 def test_a_paused_real_server_is_waited_for_in_every_mode(tmp_path: Path, mode: PauseMode) -> None:
     """A pause looks hung to /health; it is neither a reason to hold nor to kill."""

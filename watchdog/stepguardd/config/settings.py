@@ -199,7 +199,10 @@ class ServerSettings(Section):
         description='The Ray cluster, for backend "ray". "auto" is this machine\'s.',
     )
     ray_namespace: str = Field(
-        default="default", min_length=1, description="The Ray namespace in which the actor has its name."
+        default="default",
+        min_length=1,
+        description="The Ray namespace in which the actor has its name: what the trainer gives `ray.init` or "
+        "the actor's `options`. Where it gives none, Ray makes one up anew for each job: then give one.",
     )
     hook: SecretStr | None = Field(
         default=None,
