@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("ray"), pytest.mark.timeo
 
 
 class Engines(threading.Thread):
-    """The trainer's keeper of its engine, as slime's health monitor is: one that is dead is made again."""
+    """The trainer's keeper of its engine: one that is dead is made again."""
 
     def __init__(self, name: str, command: list[str]) -> None:
         super().__init__(name="engines", daemon=True)
