@@ -3,7 +3,8 @@ What the guard costs in a real optimizer step: `python -m benchmarks.step`.
 
 A GRPO step of a Llama on the GPU where torch sees one (bfloat16, 64 trajectories of 512 tokens), else a small
 one on the processor. Bare and guarded steps (admit, before_step, after_step, with a process that judges) take
-turns, alone and then beside the vetting of a checkpoint. The figures are medians, and their ratio.
+turns, alone and then beside the vetting of a checkpoint. The figures are medians: of both, their ratio, and
+the time inside the guard's calls, which is the steadier one where the steps themselves vary.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -25,6 +27,8 @@ from benchmarks.guard import JUDGE, go_page, started
 from stepguard.guard import Guard
 from stepguardd.checkpoints.layouts import Framework, find_checkpoints, open_folder, surroundings
 from stepguardd.checkpoints.vetting import Depth, Vetter, VettingLimits
+
+T = TypeVar("T")
 
 GROUPS, MEMBERS = 8, 8
 WARM_UP = 4
@@ -42,7 +46,7 @@ class Size:
     checkpoint_bytes: int
 
 
-ON_GPU = Size(layers=16, hidden=1024, vocabulary=32_000, tokens=512, rounds=30, checkpoint_bytes=4 << 30)
+ON_GPU = Size(layers=16, hidden=1024, vocabulary=32_000, tokens=512, rounds=20, checkpoint_bytes=1 << 30)
 ON_CPU = Size(layers=2, hidden=64, vocabulary=256, tokens=32, rounds=40, checkpoint_bytes=256 << 20)
 
 
@@ -83,19 +87,35 @@ class Trainer:
         self.optimizer.step()
         return float(norm)
 
+    def settle(self) -> None:
+        """Wait until the GPU has done what it was given."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
 
 def bare(trainer: Trainer, number: int) -> None:
     """A step as it is without Stepguard."""
     trainer.step(rewards_of(number), lambda: None)
 
 
-def guarded(trainer: Trainer, guard: Guard, number: int) -> None:
-    """The same with everything that a guarded loop calls."""
-    rewards = rewards_of(number)
-    admission = guard.admit(number, ["a"] * len(rewards), rewards=rewards)
+def guarded(trainer: Trainer, guard: Guard, number: int) -> float:
+    """The same with everything that a guarded loop calls; how long those calls took, in ms."""
+    rewards, inside = rewards_of(number), 0
+
+    def timed(call: Callable[[], T]) -> T:
+        nonlocal inside
+        began = time.perf_counter_ns()
+        try:
+            return call()
+        finally:
+            inside += time.perf_counter_ns() - began
+
+    admission = timed(lambda: guard.admit(number, ["a"] * len(rewards), rewards=rewards))
     assert admission.ok, admission.reason
-    norm = trainer.step(rewards, lambda: guard.before_step(number))
-    guard.after_step(number, reward=sum(rewards) / len(rewards), metrics={"grad_norm": norm})
+    norm = trainer.step(rewards, lambda: timed(lambda: guard.before_step(number)))
+    mean = sum(rewards) / len(rewards)
+    timed(lambda: guard.after_step(number, reward=mean, metrics={"grad_norm": norm}))
+    return inside / 1e6
 
 
 def rewards_of(number: int) -> list[float]:
@@ -133,20 +153,29 @@ class Vetting:
                 self.rounds += 1
 
 
-def medians_ms(device: str, rounds: int, *acts: Callable[[int], None]) -> list[float]:
-    """The median time of each, taking turns, the GPU's work included."""
-    spans: list[list[float]] = [[] for _ in acts]
+def spans_ms(trainer: Trainer, rounds: int, act: Callable[[int], object]) -> Iterator[float]:
+    """How long each act takes, the GPU's work included; the first ones warm up and do not count."""
     for number in range(1, WARM_UP + rounds + 1):
-        for act, taken in zip(acts, spans, strict=True):
-            if device == "cuda":
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            act(number)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if number > WARM_UP:
-                taken.append(1e3 * (time.perf_counter() - began))
-    return [statistics.median(taken) for taken in spans]
+        trainer.settle()
+        began = time.perf_counter()
+        act(number)
+        trainer.settle()
+        if number > WARM_UP:
+            yield 1e3 * (time.perf_counter() - began)
+
+
+def compare(trainer: Trainer, guard: Guard, rounds: int) -> tuple[float, float, float]:
+    """Medians in ms, taking turns: bare, guarded, and inside the guard's calls."""
+    inside: list[float] = []
+    without, with_guard = [], []
+    for one, other in zip(
+        spans_ms(trainer, rounds, lambda number: bare(trainer, number)),
+        spans_ms(trainer, rounds, lambda number: inside.append(guarded(trainer, guard, number))),
+        strict=True,
+    ):
+        without.append(one)
+        with_guard.append(other)
+    return statistics.median(without), statistics.median(with_guard), statistics.median(inside[WARM_UP:])
 
 
 def main() -> None:
@@ -158,8 +187,11 @@ def main() -> None:
     trainer = Trainer(size, device)
     where = torch.cuda.get_device_name() if device == "cuda" else "the processor, one thread"
     print(f"a step of {trainer.parameters / 1e6:.0f} M parameters on {where}, torch {torch.__version__}")
-    print(f"{GROUPS * MEMBERS} trajectories of {size.tokens} tokens     bare   guarded   ratio")
-    with tempfile.TemporaryDirectory() as folder:
+    print(
+        f"{GROUPS * MEMBERS} trajectories of {size.tokens} tokens        bare   guarded       ratio    inside"
+    )
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         run_dir = Path(folder) / "run"
         run_dir.mkdir()
         page = go_page(run_dir)
@@ -174,14 +206,10 @@ def main() -> None:
                     ),
                 ):
                     with beside:
-                        without, with_guard = medians_ms(
-                            device,
-                            size.rounds,
-                            lambda number: bare(trainer, number),
-                            lambda number: guarded(trainer, guard, number),
-                        )
+                        without, with_guard, inside = compare(trainer, guard, size.rounds)
                     print(
-                        f"  {label:36} {without:6.2f} {with_guard:8.2f} ms {with_guard / without:7.3f}",
+                        f"  {label:34} {without:7.2f} {with_guard:9.2f} ms {with_guard / without:7.3f}"
+                        f" {inside:8.2f} ms",
                         flush=True,
                     )
                     if isinstance(beside, Vetting):

@@ -72,7 +72,7 @@ def tiny_trainer(folder: Path, *, reward: Reward = copied, **options: Any) -> GR
         "lr_scheduler_type": "constant",
         "logging_steps": 1,
         "save_strategy": "no",
-        "use_cpu": True,
+        "use_cpu": not torch.cuda.is_available(),
         "bf16": False,
         "gradient_checkpointing": False,
         "report_to": [],
