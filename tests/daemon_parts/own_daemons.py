@@ -77,10 +77,10 @@ class OwnDaemons:
         self.daemon(crash_at)
         self.until(self.taken_up, "another daemon takes up the run")
 
-    def crashed(self, point: str) -> None:
+    def crashed(self, point: str, timeout_s: float = 120.0) -> None:
         """The fault fired: this daemon was killed by its own hand, and nothing else ended it."""
         daemon = self.daemons[-1]
-        self.until(lambda: daemon.poll() is not None, f"the daemon dies at {point}")
+        self.until(lambda: daemon.poll() is not None, f"the daemon dies at {point}", timeout_s)
         assert daemon.returncode == SIGKILLED, (point, daemon.returncode, self.story())
 
     def status(self) -> dict[str, Any]:

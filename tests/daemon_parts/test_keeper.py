@@ -104,6 +104,18 @@ def test_a_copy_that_cannot_be_made_is_told_once_and_costs_the_training_nothing(
     assert run.state.gate.order.value == "GO"
 
 
+def test_a_trainer_that_saves_faster_than_is_read_has_its_proven_ones_kept(tmp_path: Path) -> None:
+    """There is always one to vet; a look at the pins that came after all of them never came."""
+    run = Run(tmp_path / "c")
+    run.saved(10)
+    run.look()
+    run.steps(11, 12)
+    run.saved(20)
+    run.look()
+    assert [row.pinned_path is not None for row in run.state.checkpoints] == [True, False]
+    assert run.state.checkpoints[1].vetted
+
+
 def test_in_mode_shadow_nothing_is_copied(tmp_path: Path) -> None:
     run = Run(tmp_path / "c")
     run.state = replace(initial(Settings(proven_after_steps=2), Mode.SHADOW, ()))

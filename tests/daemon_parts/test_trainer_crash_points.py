@@ -117,7 +117,7 @@ def test_a_copy_that_was_made_and_not_told_is_found_again(tmp_path: Path) -> Non
     """Killed between a pin and its row: the next daemon finds the pin, and makes no second one."""
     with little_run(tmp_path, in_place=True) as run:
         run.daemon("pinned")
-        run.crashed("pinned")
+        run.crashed("pinned", timeout_s=200.0)  # the vetting before it is niced
         run.daemon()
         run.until(lambda: any(row["pinned"] for row in run.status().get("checkpoints", [])), "a pin is known")
         assert list(run.checkpoints.glob("stepguard-pinned/step-*"))

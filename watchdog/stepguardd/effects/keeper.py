@@ -71,7 +71,11 @@ class Keeper:
             self._ending = True
 
     async def look(self) -> bool:
-        """Vet the newest that was not vetted, else see to the pins; whether there was one to vet."""
+        """
+        See to the pins, then vet the newest that was not vetted; whether there was one to vet.
+
+        The pins come first: a trainer that saves faster than its checkpoints are read leaves no time after.
+        """
         rows = [row for row in self._state().checkpoints if not row.set_aside]
         if not any(_wants(row) for row in rows):
             return False
@@ -85,11 +89,11 @@ class Keeper:
             log.debug("checkpoints: %s", error)
             return False
         self._tell_gone(rows, found)
+        if self._state().mode is not Mode.SHADOW:
+            await self._pin(folder, found)
         for row in reversed(rows):
             if not row.vetted and not row.gone:
                 return await self._vet(folder, found, row)
-        if self._state().mode is not Mode.SHADOW:
-            await self._pin(folder, found)
         return False
 
     def _tell_gone(self, rows: Sequence[LedgerRow], found: Sequence[Checkpoint]) -> None:
