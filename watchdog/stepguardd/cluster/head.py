@@ -276,6 +276,8 @@ class NodeLinks:
             self._say_refused("somebody connected and said nothing in time")
         except (WireError, OSError) as over:
             self._say_refused(str(over))
+        except asyncio.CancelledError:
+            pass  # by `close`, and asyncio's streams would log it as an error (Python 3.11)
         finally:
             self._talks.discard(task)
             writer.close()
