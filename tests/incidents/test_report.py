@@ -4,12 +4,14 @@ import html
 import json
 import re
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
 from daemon_parts.test_journal import Recording, written
+from incidents.test_crash_dumps import asked, dump
 from stepguardd.cli import main
 from stepguardd.core.diagnosis import Cause
 from stepguardd.core.events import (
@@ -99,6 +101,20 @@ def test_it_tells_what_happened_in_order_across_the_planes(report: Report) -> No
         for part in ("taken, reward", "ended", "held: server died", "start of s done", "well again")
     ]
     assert order == sorted(order)
+
+
+def test_the_prompts_that_a_server_died_under_are_in_the_summary(
+    state_dir: Path, report: Report, tmp_path: Path
+) -> None:
+    collected = read_collected(folder_of(state_dir, 1))
+    assert collected is not None
+    dump(tmp_path, report.opened_wall, asked([10, 999, 11]))
+    collected = replace(collected, crash_dumps={"s": str(tmp_path)})
+    write_collected(tmp_path, collected)
+    again = read_collected(tmp_path)
+    assert again == collected
+    last = build(collected, None).summary[-1]
+    assert "1 prompt was in flight: ids 10 999 11" in last
 
 
 def test_it_counts_the_cost_from_the_journal(report: Report) -> None:

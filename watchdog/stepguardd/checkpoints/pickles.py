@@ -195,6 +195,22 @@ def read_pickle(data: bytes | IO[bytes]) -> Contents:
     Raises:
         PickleError: malformed, or longer than any checkpoint's.
     """
+    return _run(data).finish()
+
+
+def read_value(data: bytes | IO[bytes]) -> Any:
+    """
+    What the first pickle in `data` would make, of inert parts: an object is its `Made`.
+
+    Of dicts only what stands under text keys is kept.
+
+    Raises:
+        PickleError: malformed, or longer than any checkpoint's.
+    """
+    return _run(data).value()
+
+
+def _run(data: bytes | IO[bytes]) -> _Machine:
     machine = _Machine()
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
@@ -204,7 +220,7 @@ def read_pickle(data: bytes | IO[bytes]) -> Contents:
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, RecursionError) as error:
         # pickletools answers malformed bytes with any of these.
         raise PickleError(f"is not a well-formed pickle: {error}") from error
-    return machine.finish()
+    return machine
 
 
 class _Mark:
@@ -228,6 +244,11 @@ class _Machine:
             self.contents.storages[key] = Storage(key=key, dtype=dtype, elements=elements)
         self.contents.ranges.extend(_ranges(self._infos))
         return self.contents
+
+    def value(self) -> Any:
+        if not self._stack or self._stack[-1] is _Mark:
+            raise PickleError("makes nothing")
+        return self._stack[-1]
 
     def step(self, name: str, argument: Any) -> None:
         handler = _HANDLERS.get(name)

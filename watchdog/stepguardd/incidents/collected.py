@@ -49,6 +49,7 @@ class Collected:
         config: key, value as text, and whether it differs from the default.
         logs: by name ("trainer", or a server's).
         metrics_walls: by file name under `metrics/`, when it was scraped.
+        crash_dumps: by server, the folder in which its SGLang leaves the requests that were in flight.
         notes: what could not be collected, and why.
         awaits: the notice that the journal must have before a report is whole: its writer may be behind.
 
@@ -62,6 +63,7 @@ class Collected:
     config: tuple[tuple[str, str, bool], ...] = ()
     logs: Mapping[str, LogSpan] = field(default_factory=dict)
     metrics_walls: Mapping[str, float] = field(default_factory=dict)
+    crash_dumps: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     awaits: str | None = None
     log_bytes_max: int = 256 << 10
@@ -94,6 +96,7 @@ def read_collected(folder: Path) -> Collected | None:
                 for name, span in fields.get("logs", {}).items()
             },
             metrics_walls={str(name): float(wall) for name, wall in fields.get("metrics_walls", {}).items()},
+            crash_dumps={str(name): str(path) for name, path in fields.get("crash_dumps", {}).items()},
             notes=tuple(map(str, fields.get("notes", ()))),
             awaits=fields.get("awaits"),
             log_bytes_max=int(fields.get("log_bytes_max", 256 << 10)),

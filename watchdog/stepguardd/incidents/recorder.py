@@ -28,6 +28,7 @@ from ..core.breaker import Phase
 from ..core.events import Answer
 from ..core.reasons import Reason
 from ..core.state import State
+from ..effects.backends.contract import value_of
 from ..redaction import redacted, redacted_command
 from ..sources import sglang
 from .collected import (
@@ -40,6 +41,7 @@ from .collected import (
     write_collected,
     write_whole,
 )
+from .crash_dumps import FLAG as CRASH_DUMPS
 from .folders import DATA, folder_of
 
 log = logging.getLogger("stepguardd")
@@ -191,6 +193,11 @@ class IncidentRecorder:
             config=tuple(in_force(config)),
             logs=spans,
             metrics_walls=walls,
+            crash_dumps={
+                server.name: folder
+                for server in config.servers
+                if (folder := value_of(tuple(server.command or ()), CRASH_DUMPS)) is not None
+            },
             notes=notes,
             log_bytes_max=config.reports.log_kib << 10,
             decision_bytes_max=config.reports.decisions_mib << 20,

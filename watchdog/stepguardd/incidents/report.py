@@ -38,7 +38,7 @@ from ..diagnosis.story import Story
 from ..history import History
 from ..journal import JournalError
 from ..sources.nvml import GpuError, GpuLook, NvmlDriver
-from . import slices
+from . import crash_dumps, slices
 from .collected import Collected
 from .evidence import clock_time, journal_evidence, reward_history
 from .folders import DECISIONS
@@ -170,7 +170,7 @@ def build(collected: Collected, folder: Path | None) -> Report:
         incident=incident,
         stage=stage,
         title=_title(incident, hypotheses),
-        summary=tuple(_summary(passage, incident, last, cost, moments)),
+        summary=(*_summary(passage, incident, last, cost, moments), *_in_flight(passage, collected)),
         opened_wall=passage.opened.wall,
         written_wall=clock.wall(),
         cost=cost,
@@ -212,6 +212,14 @@ def _stage(incident: Incident, last: State) -> str:
     if last.phase is Phase.LOCKED_OUT:
         return "locked out"
     return "held" if incident.resumed_at is None else "probation"
+
+
+def _in_flight(passage: Passage, collected: Collected) -> list[str]:
+    """The prompts that a server died under, where SGLang was told to leave them."""
+    died = any(isinstance(row.event, ProcessExited) for row in passage.rows)
+    if not died:
+        return []
+    return crash_dumps.told(collected.crash_dumps, passage.opened.wall, passage.rows[-1].wall)
 
 
 def _servers(state: State) -> list[str]:
