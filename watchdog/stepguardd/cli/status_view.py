@@ -220,7 +220,8 @@ def _prompts(prompts: PromptsDict) -> Text:
             (f"{_cut(suspected, 6)} {who} after {_cut(prompts.get('crashes'), 6)} crashes{named}", "yellow")
         )
     if withheld := prompts.get("withheld"):
-        parts.append((f"{_cut(withheld, 6)} withheld{_named(prompts.get('quarantine'), withheld)}", ""))
+        named = "" if parts else _named(prompts.get("quarantine"), withheld)  # the suspects' fill the line
+        parts.insert(0, (f"{_cut(withheld, 6)} withheld{named}", ""))
     return Text("; ").join(Text(*part) for part in parts)
 
 
