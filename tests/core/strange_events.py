@@ -102,6 +102,7 @@ events: st.SearchStrategy[Event] = st.one_of(
         server=names,
         stopped=st.lists(st.integers(min_value=1, max_value=6), max_size=3).map(tuple),
         cpu_s=st.sampled_from([0.0, 1.0, 2.0, 1e9, math.nan, -1.0]),
+        uninterruptible=st.lists(st.integers(min_value=1, max_value=6), max_size=3).map(tuple),
     ),
     st.builds(
         ServerProbed,

@@ -1,4 +1,4 @@
-"""A real daemon whose machine is a folder: `python daemon_on_files.py CONFIG FOLDER`, until SIGTERM."""
+"""A real daemon, its machine a folder, its looks quick: `daemon_on_files.py CONFIG FOLDER`, until SIGTERM."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from stepguardd.surroundings import HostFiles
 def main(config: str, folder: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     machine = Path(folder)
-    files = HostFiles(proc=machine / "proc", kmsg=machine / "kmsg", journald=machine / "journald")
+    files = HostFiles(
+        proc=machine / "proc",
+        kmsg=machine / "kmsg",
+        journald=machine / "journald",
+        slow_s=0.1,
+        growth_s=2.0,
+        orphan_after_s=1.0,
+    )
     asyncio.run(Daemon(load_config(Path(config)), files).run())
 
 

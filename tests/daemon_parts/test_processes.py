@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from daemon_parts.conftest import Start, until
+from requirements import require
 from stepguardd import proc
 from stepguardd.core.events import Event, Proc, ProcessExited, TreeSampled, TreeSeen
 from stepguardd.effects.processes import end, gone, send
@@ -277,6 +279,36 @@ def test_a_servers_tree_is_told_watched_and_sampled(start: Start) -> None:
         processes.close()
 
     asyncio.run(live())
+
+
+def test_a_process_that_waits_in_the_kernel_is_told_as_such(tmp_path: Path) -> None:
+    """State D for real: a parent waits there until the child of its vfork(2) has ended."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        require("cc", "no C compiler to make a program that waits in the kernel")
+    source, program = tmp_path / "waits.c", tmp_path / "waits"
+    source.write_text(
+        "#include <unistd.h>\nint main(void) { if (!vfork()) { sleep(60); _exit(0); } return 0; }\n"
+    )
+    subprocess.run([compiler, "-o", str(program), str(source)], check=True, timeout=60)
+    events: list[Event] = []
+    with subprocess.Popen([program]) as waiting:
+        try:
+            until(lambda: len(proc.tree(waiting.pid)) == 2, "it waits for its child")
+            processes = ServerProcesses("s", lambda: proc.tree(waiting.pid), events.append)
+
+            async def sampled() -> TreeSampled:
+                processes.look()
+                processes.sample()
+                processes.close()
+                assert isinstance(events[-1], TreeSampled)
+                return events[-1]
+
+            until(lambda: asyncio.run(sampled()).uninterruptible == (waiting.pid,), "it waits in the kernel")
+            assert asyncio.run(sampled()).stopped == ()
+        finally:
+            for one in reversed(proc.tree(waiting.pid)):
+                os.kill(one.pid, signal.SIGKILL)
 
 
 def test_a_tree_that_is_gone_is_told_at_every_look(start: Start) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import sqlite3
 import subprocess
@@ -217,4 +218,50 @@ def test_gpus_are_in_the_status_and_their_troubles_are_told(nvml_library: Path, 
         run.until(lambda: "GPUs" in run.unseen(), "a driver that fails is unknown")
         assert run.unseen()["GPUs"] == "NVML: Unknown Error"
         assert run.status()["gpus"] is None
+        assert run.order() == "GO"
+
+
+# A trainer of its own: the guard, a step, and its end when stdin closes.
+OTHER_TRAINER = """
+import sys
+from pathlib import Path
+from stepguard import Guard
+guard = Guard(Path(sys.argv[1]), heartbeat_s=0.2)
+sys.stdin.read()
+guard.close()
+"""
+
+
+def test_a_gpu_that_fills_up_and_a_leftover_that_holds_its_memory_are_told(
+    nvml_library: Path, tmp_path: Path
+) -> None:
+    """Through the real pynvml: memory that grows look by look; an earlier trainer that lives on."""
+    with sensed_run(tmp_path, nvml_library) as run:
+        write_script(run.gpus, count=2, gpu0_used=40 * GIB, gpu1_used=GIB)
+        run.daemon()
+        run.until(lambda: run.status().get("gpus"), "the GPUs are seen")
+        used = 40 * GIB
+
+        def filling() -> list[str]:
+            nonlocal used
+            used += GIB // 8
+            write_script(run.gpus, count=2, gpu0_used=used, gpu1_used=GIB)
+            return run.warned("gpu_filling")
+
+        run.until(filling, "the growth is told")
+        (told,) = run.warned("gpu_filling")
+        assert re.fullmatch(r"GPU 0: memory is \d\d % full and will be full in \d+ minutes", told), told
+
+        Guard(run.run_dir, heartbeat_s=0.2).close()
+        run.until(lambda: run.status()["trainer"]["pid"] == os.getpid(), "the first trainer is known")
+        mine = {"gpu1_processes": 2, "gpu1_pid0": os.getpid(), "gpu1_pid0_used": GIB, "gpu1_pid1": 1}
+        write_script(run.gpus, count=2, gpu0_used=used, gpu1_used=GIB, **mine)
+        with subprocess.Popen(
+            [sys.executable, "-c", OTHER_TRAINER, str(run.run_dir)], stdin=subprocess.PIPE
+        ) as other:
+            run.until(lambda: run.status()["trainer"]["pid"] == other.pid, "another trainer is there")
+            run.until(lambda: run.warned("gpu_orphan"), "the leftover is told")
+            other.communicate()
+        whose = f"GPU 1: pid {os.getpid()}, a leftover of this run, still holds memory"
+        assert run.warned("gpu_orphan") == [whose], "and pid 1, which is nobody of ours, is not"
         assert run.order() == "GO"

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from requirements import require
 from senses.nvml_library import compiled_library, write_script
 from stepguardd.sources.gpu import GpuSense, Headroom, forecast, strangers, used_by
-from stepguardd.sources.nvml import Gpu, GpuError, GpuLook, GpuProcess
+from stepguardd.sources.nvml import Gpu, GpuError, GpuLook, GpuProcess, NoGpuDriverError
 
 HERE = Path(__file__).parent
 GIB = 1 << 30
@@ -278,6 +279,30 @@ def test_time_is_the_callers_and_there_is_never_a_second_question(tmp_path):
     assert (gpu,) in [reading.gpus for reading in readings]
     driver.allowed.release()
     driver.answers = [unknown]
+
+
+def test_a_driver_that_is_not_installed_is_looked_for_once_a_minute():
+    """Each look for it searches the whole library path."""
+    looked = threading.Semaphore(0)
+
+    class NoDriver:
+        def look(self) -> GpuLook:
+            looked.release()
+            raise NoGpuDriverError("GPUs are not watched: no library")
+
+    def settled(sense: GpuSense, now: float, asked: float) -> bool:
+        return any(sense.poll(now).asked == asked or time.sleep(0.002) for _ in range(10_000))
+
+    sense = GpuSense(NoDriver())
+    sense.poll(0.0)
+    assert looked.acquire(timeout=30)
+    assert settled(sense, 1.0, asked=0.0)
+    for now in (2.5, 30.0, 59.9):
+        assert sense.poll(now).cause == "GPUs are not watched: no library"
+    assert not looked.acquire(timeout=0.05), "nobody looked again"
+    sense.poll(60.0)
+    assert looked.acquire(timeout=30)
+    assert settled(sense, 61.0, asked=60.0)
 
 
 def test_a_steady_growth_is_foretold_and_noise_a_pool_and_a_sawtooth_are_not():

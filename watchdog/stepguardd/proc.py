@@ -39,6 +39,11 @@ class Stat:
         return self.state in _DEAD
 
     @property
+    def uninterruptible(self) -> bool:
+        """Waiting in the kernel: no signal reaches it, not even SIGKILL in most cases, until that ends."""
+        return self.state == "D"
+
+    @property
     def stopped(self) -> bool:
         """Stopped by a signal or held by a debugger."""
         return self.state in _STOPPED

@@ -219,6 +219,8 @@ def _server(server: Server, urls: Mapping[str, str], now: float) -> dict[str, ob
         "since_s": round(now - server.since, 3),
         "pid": server.procs[0].pid if server.procs else None,
         "processes": len(server.procs),
+        "stopped": list(server.stopped),
+        "stuck_in_kernel": list(server.stuck_in_kernel()),
         "weight_version": server.weight_version,
         "stage": None if server.repair is None else server.repair.stage.value,
         "restarts": server.restarts,

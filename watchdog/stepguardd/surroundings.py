@@ -51,13 +51,11 @@ from .sources.oom import OomSense, oom_in_log
 log = logging.getLogger("stepguardd")
 
 INTERVAL_S: Final = 0.5
-SLOW_INTERVAL_S: Final = 2.5
 FRESH_INTERVAL_S: Final = 0.01
 ABSENT_MAX_S: Final = 4.0
 RETRY_S: Final = 60.0
 DEAD_KNOWN_FOR_S: Final = 60.0
 """So long after it was last in a tree a pid still tells whose it was; later it may be another process."""
-ORPHAN_AFTER_S: Final = 15.0
 FILLING_AGAIN_S: Final = 1800.0
 POSITION_KEPT_EACH_BYTES: Final = 4 * 1024 * 1024
 """So far into a log that says nothing its position is kept anew: a restart reads no more than that again."""
@@ -66,14 +64,19 @@ POSITION_KEPT_EACH_BYTES: Final = 4 * 1024 * 1024
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostFiles:
     """
-    Where this machine keeps what is read of it; a test has folders of its own.
+    Where this machine keeps what is read of it, and how patiently; a test has folders and times of its own.
 
-    `proc` is where pressure, memory and the cgroups of processes are looked up.
+    `proc` is where pressure, memory and the cgroups of processes are looked up. GPUs and pressure are looked
+    at each `slow_s`. A GPU fills up when its memory grew for `growth_s` at least, and a process is a leftover
+    when it lives on for `orphan_after_s` outside of every tree.
     """
 
     proc: Path = Path("/proc")
     kmsg: Path = KMSG
     journald: Path = JOURNALD
+    slow_s: float = 2.5
+    growth_s: float = 300.0
+    orphan_after_s: float = 15.0
 
     def kernel_log(self) -> KernelLog:
         """Open the kernel's log; raises KernelLogError."""
@@ -119,11 +122,11 @@ class Surroundings:
         if config.trainer.log is not None or config.trainer.backend == "process":
             self._logs.append(FollowedLog(None, config.trainer_log()))
         self._logged_ooms: Counter[str] = Counter()
-        self._owners = Owners()
+        self._owners = Owners(files.orphan_after_s)
         self._files = files
         self._kills = _Kills(self._owners, kernel_log or files.kernel_log, self._known, files.proc)
         self._gpu = gpus or GpuSense()
-        self._gpu_troubles = GpuTroubles(self._owners)
+        self._gpu_troubles = GpuTroubles(self._owners, files.growth_s)
         self._gpus: tuple[Gpu, ...] | None = None
         self._short = False
         self._pressure: Pressure | None = None
@@ -138,7 +141,7 @@ class Surroundings:
                 await self.look(absent_too=False)
                 now = clock.monotonic()
                 if now >= slow_due:
-                    slow_due = now + SLOW_INTERVAL_S
+                    slow_due = now + self._files.slow_s
                     self._look_at_gpus(now)
                     self._look_at_pressure()
                 await asyncio.sleep(INTERVAL_S)
@@ -378,7 +381,8 @@ class _Owned:
 class Owners:
     """Whose process a pid was, known from before its death; and which processes are the run's now."""
 
-    def __init__(self) -> None:
+    def __init__(self, orphan_after_s: float = THIS_HOST.orphan_after_s) -> None:
+        self._orphan_after_s = orphan_after_s
         self._owned: dict[int, _Owned] = {}
         self._current: frozenset[int] = frozenset()
         self.roots: tuple[tuple[Proc, Role, str | None], ...] = ()
@@ -415,7 +419,7 @@ class Owners:
         return (
             known is not None
             and pid not in self._current
-            and now - known.seen_at > ORPHAN_AFTER_S
+            and now - known.seen_at > self._orphan_after_s
             and proc.alive(known.proc)
         )
 
@@ -579,8 +583,9 @@ def _inode(folder: Path) -> int:
 class GpuTroubles:
     """What is wrong with the GPUs, told when it begins. A first look is where counting starts."""
 
-    def __init__(self, owners: Owners) -> None:
+    def __init__(self, owners: Owners, growth_s: float = THIS_HOST.growth_s) -> None:
         self._owners = owners
+        self._window_s = 2 * growth_s
         self._lost: frozenset[int] = frozenset()
         self._indices: dict[str, int] = {}
         self._ecc: dict[int, int] = {}
@@ -629,7 +634,7 @@ class GpuTroubles:
         return [GpuTroubled(trouble=GpuTrouble.ECC, gpu=gpu.index, number=new, text=text)]
 
     def _filling(self, now: float, gpu: Gpu) -> list[GpuTroubled]:
-        warning = self._headroom.setdefault(gpu.index, Headroom()).observe(now, gpu)
+        warning = self._headroom.setdefault(gpu.index, Headroom(window_s=self._window_s)).observe(now, gpu)
         told = self._filling_told.get(gpu.index)
         if warning is None or (told is not None and now - told < FILLING_AGAIN_S):
             return []

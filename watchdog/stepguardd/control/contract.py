@@ -89,7 +89,7 @@ class TrainerDict(TypedDict, total=False):
 
 
 class ServerDict(TypedDict, total=False):
-    """One inference server."""
+    """One inference server, with its processes that are stopped, or wait in the kernel for long (state D)."""
 
     name: str
     url: str
@@ -99,6 +99,8 @@ class ServerDict(TypedDict, total=False):
     weight_version: str | None
     stage: str | None
     restarts: int
+    stopped: list[int]
+    stuck_in_kernel: list[int]
 
 
 class IncidentDict(TypedDict, total=False):

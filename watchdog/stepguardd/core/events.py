@@ -71,11 +71,16 @@ class ProcessExited:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TreeSampled:
-    """What /proc says of a live tree: its stopped pids, and the CPU seconds that all have used together."""
+    """
+    What /proc says of a live tree: its stopped pids, and the CPU seconds that all have used together.
+
+    `uninterruptible` ones wait in the kernel (state D): for a disk, a network file system, the GPU's driver.
+    """
 
     server: str
     stopped: tuple[int, ...]
     cpu_s: float
+    uninterruptible: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -108,9 +108,14 @@ def sampled(server: Server, event: TreeSampled, now: float) -> Judged:
     used_s = None if server.cpu_s is None else event.cpu_s - server.cpu_s
     over_s = 0.0 if server.sampled_at is None else now - server.sampled_at
     idle = used_s is not None and 0.0 <= used_s < BUSY_CORES * over_s
+    waits_on = set(event.uninterruptible) & set(server.uninterruptible)
     server = replace(
         server,
         stopped=event.stopped,
+        uninterruptible=event.uninterruptible,
+        uninterruptible_since=(server.uninterruptible_since if waits_on else now)
+        if event.uninterruptible
+        else None,
         cpu_s=event.cpu_s,
         sampled_at=now,
         busy_at=server.busy_at if idle else now,

@@ -254,6 +254,8 @@ class Server:
     short: Short | None = None
     seen: bool = False
     stopped: tuple[int, ...] = ()
+    uninterruptible: tuple[int, ...] = ()
+    uninterruptible_since: float | None = None
     running: int | None = None
     tokens: int | None = None
     tokens_at: float | None = None
@@ -283,6 +285,12 @@ class Server:
             return self if reason is self.reason else replace(self, reason=reason)
         require((self.state, to) in LEGAL, f"server {self.name} cannot go from {self.state} to {to}")
         return replace(self, state=to, since=now, reason=reason, health_due=False)
+
+    def stuck_in_kernel(self) -> tuple[int, ...]:
+        """Processes that wait in the kernel for longer than any disk that works."""
+        at, since = self.sampled_at, self.uninterruptible_since
+        long = at is not None and since is not None and at - since >= STUCK_IN_KERNEL_S
+        return self.uninterruptible if long else ()
 
     def window_s(self, settings: Settings) -> float:
         """
@@ -615,6 +623,8 @@ class Suspects:
 
 
 SEEN_KEPT = 16
+STUCK_IN_KERNEL_S = 5.0
+"""A busy disk keeps a process for moments; this long is told."""
 CHECKPOINTS_KEPT = 64
 REWARDS_KEPT = 60
 ACTIONS_KEPT = 32

@@ -28,7 +28,7 @@ from ..core.state import ServerState, State
 from ..history import History
 from ..journal import Recorded
 from .passage import Passage
-from .timeline import LEAD_S, stopped_by_us
+from .timeline import LEAD_S, stopped_by_us, stuck_in_kernel
 
 GAP_S: Final = 30.0
 
@@ -97,6 +97,8 @@ def _facts(row: Recorded, before: State, after: State, passage: Passage) -> Iter
         case TreeSampled() if event.stopped:
             pids = ", ".join(map(str, event.stopped))
             yield Fact.SERVER_HUNG, event.server, f"its processes {pids} are stopped (SIGSTOP or a debugger)"
+        case TreeSampled() if stuck := stuck_in_kernel(after, event.server):
+            yield Fact.SERVER_HUNG, event.server, f"its {stuck}"
         case ServerProbed() if _before_repair(before, event.server):
             if Answer.REFUSED in {event.ready, event.model_info}:
                 yield Fact.SERVER_UNREACHABLE, event.server, "connections are refused"

@@ -211,6 +211,14 @@ def _in_words(text: str) -> str:
     return _CODE.sub(lambda code: plain(code.group()), text)
 
 
+def stuck_in_kernel(state: State, name: str) -> str:
+    """What to say of a server's processes that wait in the kernel for long; "" where none does."""
+    server = next((one for one in state.servers if one.name == name), None)
+    pids = ", ".join(map(str, server.stuck_in_kernel())) if server is not None else ""
+    why = "a disk, a network file system or the GPU's driver does not answer, and no signal reaches them"
+    return f"processes {pids} wait in the kernel (state D): {why}" if pids else ""
+
+
 def stopped_by_us(server: str, at: float, acts: Iterable[Act]) -> bool:
     """Whether a server was being stopped by Stepguard at that time."""
     return any(
@@ -265,6 +273,9 @@ def _event(
                     f"{event.server}: stopped processes: {pids}" if pids else f"{event.server}: none stopped"
                 )
                 yield Plane.SERVER, "stopped", text, bool(pids)
+            stuck = stuck_in_kernel(after, event.server)
+            if stuck and not stuck_in_kernel(before, event.server):
+                yield Plane.SERVER, "stuck", f"{event.server}: {stuck}", True
         case ServerProbed():
             if not _expected_down(after, event.server):
                 yield from _answers(event)

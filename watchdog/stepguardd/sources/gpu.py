@@ -12,9 +12,20 @@ import threading
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
-from stepguardd.sources.nvml import Gpu, GpuError, GpuLook, GpuProcess, NvmlDriver, Xid
+from stepguardd.sources.nvml import (
+    Gpu,
+    GpuError,
+    GpuLook,
+    GpuProcess,
+    NoGpuDriverError,
+    NvmlDriver,
+    Xid,
+)
+
+ABSENT_S: Final = 60.0
+"""A driver that is not installed is looked for so seldom: each look searches the whole library path."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,9 +58,10 @@ class GpuSense:
         self._driver = driver or NvmlDriver()
         self._timeout_s = timeout_s
         self._questions: queue.Queue[bool] = queue.Queue(maxsize=1)
-        self._answers: queue.Queue[GpuLook | str] = queue.Queue(maxsize=1)
+        self._answers: queue.Queue[GpuLook | GpuError] = queue.Queue(maxsize=1)
         self._thread: threading.Thread | None = None
         self._asked: float | None = None
+        self._not_before: float | None = None
         self._reading = GpuReading(gpus=None, cause="the GPUs were not asked yet")
 
     def poll(self, now: float) -> GpuReading:
@@ -65,7 +77,8 @@ class GpuSense:
                     return GpuReading(gpus=None, cause=cause, asked=self._asked)
                 return self._reading
             xids = self._take(answer)
-        self._ask(now)
+        if self._not_before is None or now >= self._not_before:
+            self._ask(now)
         return GpuReading(
             gpus=self._reading.gpus, cause=self._reading.cause, asked=self._reading.asked, xids=xids
         )
@@ -75,10 +88,13 @@ class GpuSense:
         if self._thread is not None and self._asked is None:
             self._questions.put_nowait(False)
 
-    def _take(self, answer: GpuLook | str) -> tuple[Xid, ...]:
+    def _take(self, answer: GpuLook | GpuError) -> tuple[Xid, ...]:
         asked, self._asked = self._asked, None
-        if isinstance(answer, str):
-            self._reading = GpuReading(gpus=None, cause=answer, asked=asked)
+        self._not_before = None
+        if asked is not None and isinstance(answer, NoGpuDriverError):
+            self._not_before = asked + ABSENT_S
+        if isinstance(answer, GpuError):
+            self._reading = GpuReading(gpus=None, cause=str(answer), asked=asked)
             return ()
         self._reading = GpuReading(gpus=answer.gpus, asked=asked)
         return answer.xids
@@ -95,7 +111,7 @@ class GpuSense:
             try:
                 self._answers.put(self._driver.look())
             except GpuError as unknown:
-                self._answers.put(str(unknown))
+                self._answers.put(unknown)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,6 +28,10 @@ class GpuError(Exception):
     """The GPUs cannot be asked; the message is one line that says why."""
 
 
+class NoGpuDriverError(GpuError):
+    """There is nothing to ask on this machine, and there will hardly be in a minute."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuProcess:
     """A process that holds memory on a GPU; how much is None where the driver does not tell."""
@@ -92,11 +96,13 @@ class NvmlDriver:
         try:
             import pynvml as nvml  # noqa: PLC0415 - an extra, and only machines with GPUs need it
         except ModuleNotFoundError:
-            raise GpuError("GPUs are not watched: nvidia-ml-py is not installed") from None
+            raise NoGpuDriverError("GPUs are not watched: nvidia-ml-py is not installed") from None
         try:
             nvml.nvmlInit()
         except _errors(nvml) as failed:
-            raise GpuError(f"GPUs are not watched: {failed}") from None
+            absent = getattr(failed, "value", None) == nvml.NVML_ERROR_LIBRARY_NOT_FOUND
+            kind = NoGpuDriverError if absent else GpuError
+            raise kind(f"GPUs are not watched: {failed}") from None
         try:
             self._handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
             self._events = self._register(nvml)

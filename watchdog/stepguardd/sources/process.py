@@ -123,9 +123,13 @@ class ServerProcesses:
         """Read each process's state and CPU time."""
         stats = [found for known in self._procs if (found := proc.stat(known.pid)) is not None]
         if stats:
-            stopped = tuple(found.pid for found in stats if found.stopped)
             self._emit(
-                TreeSampled(server=self.server, stopped=stopped, cpu_s=sum(found.cpu_s for found in stats))
+                TreeSampled(
+                    server=self.server,
+                    stopped=tuple(found.pid for found in stats if found.stopped),
+                    cpu_s=sum(found.cpu_s for found in stats),
+                    uninterruptible=tuple(found.pid for found in stats if found.uninterruptible),
+                )
             )
 
     def close(self) -> None:
