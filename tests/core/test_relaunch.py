@@ -6,7 +6,7 @@ import pytest
 
 from stepguardd.core import relaunch
 from stepguardd.core.breaker import Phase
-from stepguardd.core.commands import PrepareRollback, StartTrainer, StopTrainer
+from stepguardd.core.commands import PrepareRollback, StartServer, StartTrainer, StopTrainer
 from stepguardd.core.events import Tick, TrainerExited, TrainerTree
 from stepguardd.core.reasons import Reason
 from stepguardd.core.state import Launch, Mode, Settings
@@ -245,3 +245,60 @@ def test_in_a_lockout_a_dead_trainer_stays_dead() -> None:
     world.run(60)
     assert len(world.all(StartTrainer)) == starts
     assert world.state.mode is Mode.ACT
+
+
+def without_a_way(**settings: object) -> World:
+    """Weights go over NCCL from the trainer's start, and it has no on_resync."""
+    changed = replace(MANAGED, push_weights=False, **settings)  # type: ignore[arg-type]
+    return managed(changed, handles_resync=False)
+
+
+def test_a_new_trainer_brings_its_weights_to_a_restarted_server_where_the_old_one_cannot() -> None:
+    world = without_a_way()
+    world.kill()
+    assert back(world)
+    assert not world.told("locked_out")
+    assert (len(world.all(StartServer)), len(world.trainer.starts)) == (1, 1)
+    assert world.trainer.starts[0].target_step == 4
+    assert any("gets its weights from the new trainer" in text for text in world.told("action"))
+    world.steps(3)
+    assert world.state.phase is Phase.CLOSED
+    incident = world.state.last_incident
+    assert incident is not None
+    assert (incident.restarts, incident.relaunches) == (1, 1)
+
+
+def test_a_trainer_that_can_bring_its_weights_is_not_ended_for_them() -> None:
+    world = managed(replace(MANAGED, push_weights=False), handles_resync=True)
+    world.kill()
+    assert back(world)
+    assert "RESYNC" in world.orders()
+    assert not world.trainer.starts
+
+
+def test_weights_that_are_old_for_a_while_end_no_trainer() -> None:
+    """They are pushed by the trainer itself, a little later than it says so."""
+    world = without_a_way()
+    world.trainer.version = "v1"
+    world.see_trainer()
+    world.run(20)
+    assert not world.all(StopTrainer)
+
+
+def test_where_the_trainer_is_not_ours_to_start_such_a_server_locks_the_run_out() -> None:
+    world = World(settings=Settings(), trainer=FakeTrainer(handles_resync=False))
+    world.steps(6)
+    world.kill()
+    world.run(400, until=lambda: world.state.lockout is not None)
+    assert world.gate.reason == "weights_unproven"
+    assert not world.all(StopTrainer)
+
+
+def test_in_mode_hold_a_trainer_is_not_ended_for_its_weights_nor_talked_about_at_each_look() -> None:
+    world = managed(replace(MANAGED, push_weights=False), mode="hold", handles_resync=False)
+    world.kill()
+    world.fake.spawn(world.now)
+    world.run(60)
+    assert world.order == "HOLD"
+    assert not world.all(StopTrainer)
+    assert len(world.told("would")) < 5

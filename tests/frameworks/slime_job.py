@@ -15,12 +15,14 @@ import dataclasses
 import json
 import runpy
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 
 from stepguard_grpo.model import load_policy, save_policy
 
@@ -110,6 +112,7 @@ def put_sglang_in_place() -> None:
 # Megatron
 
 FAILS = 5
+MARKER = "latest_checkpointed_iteration.txt"
 MEGATRONS: dict[str, Any] = {"fp16": False}
 
 
@@ -129,7 +132,14 @@ class Trainer:
         self.hook = load_function(args.custom_megatron_before_train_step_hook_path)
         self.policy = load_policy(Path(args.hf_checkpoint))
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.lr)
-        return 0
+        marker = Path(args.load or ".") / MARKER
+        if not marker.is_file():
+            return 0
+        saved = int(marker.read_text())
+        held = torch.load(self._home(Path(args.load), saved) / "common.pt", weights_only=True)
+        self.policy.load_state_dict(held["policy"])
+        self.optimizer.load_state_dict(held["optimizer"])
+        return saved + 1
 
     def set_rollout_manager(self, manager: Any) -> None:
         manager.set_train_parallel_config.remote(
@@ -172,11 +182,25 @@ class Trainer:
         """As UpdateWeightFromDisk does; RayTrainGroup has the engines load it."""
         self.version += 1
         folder = Path(self.args.update_weight_disk_dir) / f"weight_v{self.version:06d}"
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         save_policy(self.policy, folder)
 
     def save_model(self, rollout_id: int, force_sync: bool = False) -> None:
-        pass
+        """Where Megatron writes, with its marker last of all."""
+        save = Path(self.args.save)
+        home = self._home(save, rollout_id)
+        home.mkdir(parents=True)
+        held = {"policy": self.policy.state_dict(), "optimizer": self.optimizer.state_dict()}
+        torch.save(held, home / "common.pt")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, of a save in one process
+            dcp.save(dict(held["policy"]), checkpoint_id=home, no_dist=True)
+        (home / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
+        (save / MARKER).write_text(str(rollout_id))
+
+    @staticmethod
+    def _home(folder: Path, rollout_id: int) -> Path:
+        return folder / f"iter_{rollout_id:07d}"
 
     def clear_memory(self) -> None:
         pass

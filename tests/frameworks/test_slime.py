@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 
 from frameworks.sources import source
-from guard.virtual_daemon import BOOT, VirtualDaemon, VirtualTime
+from guard.virtual_daemon import BOOT, VirtualDaemon, VirtualTime, virtual_guard
 from stepguard.gate import Order
 from stepguard.guard import Guard
 from stepguard.integrations import slime
 from stepguard.integrations.onlooker import Onlooker
 from stepguard.orders import RollbackRequested, StopRequested
+from stepguard.settings import GuardSettings
 
 STAND_IN = Path(__file__).parent / "stand_in"
 EXAMPLE = Path(__file__).parents[2] / "examples/slime_arguments.sh"
@@ -240,6 +241,18 @@ def test_weights_that_slime_pushes_over_a_disk_are_announced_before_the_rollouts
     args.partial_rollout = True
     generated = slime.generate_rollout(args, 4, Prompts())
     assert generated.samples
+
+
+def test_the_prompts_in_which_the_job_died_twice_are_left_out(
+    args: Any, daemon: VirtualDaemon, time: VirtualTime
+) -> None:
+    with virtual_guard(daemon.run_dir, time, settings=GuardSettings(skip_steps=(1,))) as guard:
+        slime.use(guard)
+        prompts = Prompts()
+        first = [
+            flat(slime.generate_rollout(args, rollout_id, prompts).samples)[0] for rollout_id in range(3)
+        ]
+    assert [sample.group_index for sample in first] == [0, 16, 24]
 
 
 def test_rollouts_of_other_weights_than_the_pushed_are_refused(

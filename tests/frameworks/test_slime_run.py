@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,11 @@ def example() -> list[str]:
 class Job:
     """The daemon, which starts the server and the job, and what they write."""
 
-    def __init__(self, folder: Path, run_dir: Path, *own: str) -> None:
+    def __init__(self, folder: Path, run_dir: Path, *own: str, weights: str) -> None:
+        self._weights = weights
         self.folder, self.run_dir = folder, run_dir
         write(folder)
+        (folder / "saved").mkdir()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -79,18 +82,19 @@ class Job:
             "global-batch-size": 32,
             "rollout-max-response-len": 4,
             "lr": "1e-3",
-            "save": self.folder,
+            "save": self.folder / "saved",
+            "load": self.folder / "saved",
+            "save-interval": 3,
             "save-debug-rollout-data": f"{self.folder}/batch-{{rollout_id}}.pt",
             "update-weight-transport": "disk",
             "update-weight-disk-dir": self.folder / "weights",
             "actor-num-gpus-per-node": 1,
             "num-gpus-per-node": 1,
         }
-        return [*(f"--{name}={value}" for name, value in values.items()), "--update-weight-disk-keep-files"]
+        return [f"--{name}={value}" for name, value in values.items()]
 
     def _config(self, port: int, server: list[str], job: list[str], environment: dict[str, str]) -> str:
         variables = ", ".join(f"{name} = {json.dumps(value)}" for name, value in environment.items())
-        weights = self.folder / "weights/weight_v{version:06d}"
         return f"""
             [run]
             name = "slime-{port}"
@@ -111,8 +115,10 @@ class Job:
             log = "{self.folder / "job.log"}"
             on_stop = "stop"
             [weights]
-            sync = "disk"
-            path = "{weights}"
+            {self._weights}
+            [checkpoints]
+            dir = "{self.folder / "saved"}"
+            framework = "slime"
             [web]
             listen = "127.0.0.1:0"
         """
@@ -126,7 +132,7 @@ class Job:
 
     def steps(self) -> list[dict[str, Any]]:
         with contextlib.suppress(FileNotFoundError):
-            return [json.loads(line) for line in (self.folder / "steps.jsonl").read_text().splitlines()]
+            return [json.loads(line) for line in (self.folder / "saved/steps.jsonl").read_text().splitlines()]
         return []
 
     def until(self, holds: Callable[[], object], what: str) -> None:
@@ -134,6 +140,8 @@ class Job:
         while time.monotonic() < deadline:
             if holds():
                 return
+            if (self.status().get("breaker") or {}).get("phase") == "locked_out":
+                break
             time.sleep(0.1)
         logs = [(self.folder / name) for name in ("daemon.log", "job.log")]
         said = "\n".join(log.read_text()[-5000:] for log in logs if log.exists())
@@ -159,8 +167,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
     jobs: list[Job] = []
     with tempfile.TemporaryDirectory(prefix="stepguard-test-") as run_dir:
 
-        def make(*own: str) -> Job:
-            jobs.append(Job(tmp_path, Path(run_dir), *own))
+        def make(*own: str, weights: str) -> Job:
+            jobs.append(Job(tmp_path, Path(run_dir), *own, weights=weights))
             return jobs[-1]
 
         yield make
@@ -168,19 +176,51 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
             job.close()
 
 
-def test_a_killed_engine_is_restarted_with_the_weights_of_the_step_and_the_job_ends_well(
-    start: Callable[..., Job],
-) -> None:
-    job = start()
-    job.until(lambda: len(job.steps()) >= 4, "slime does not train")
+def killed_on_the_way(job: Job) -> str:
+    """The scheduler of its engine is, after some steps; the daemon's log once the job is over."""
+    job.until(lambda: len(job.steps()) >= 5, "slime does not train")
     job.scheduler().send_signal(signal.SIGKILL)
     job.until(job.ended, "the job did not come to its end")
     log = (job.folder / "daemon.log").read_text()
     assert "server_died" in log, "nothing died"
+    return log
+
+
+def trained_on(job: Job, step: dict[str, Any]) -> set[str]:
+    """The versions of the weights with which the batch of this step was generated."""
+    batch = torch.load(job.folder / f"batch-{step['rollout']}.pt", weights_only=False)["samples"]
+    return {version for sample in batch for version in sample["weight_versions"]}
+
+
+def test_a_killed_engine_is_restarted_with_the_weights_of_the_step_and_the_job_ends_well(
+    start: Callable[..., Job], tmp_path: Path
+) -> None:
+    job = start(
+        "--update-weight-disk-keep-files", weights=f'path = "{tmp_path}/weights/weight_v{{version:06d}}"'
+    )
+    log = killed_on_the_way(job)
+    assert "pushed from disk" in log
     steps = job.steps()
     assert [step["rollout"] for step in steps] == [*range(ROLLOUTS)], "each step once"
     assert sum(step["masked"] for step in steps) == 1, "the trajectory whose reward function fails"
     for step in steps:
-        batch = torch.load(job.folder / f"batch-{step['rollout']}.pt", weights_only=False)["samples"]
-        versions = {version for sample in batch for version in sample["weight_versions"]}
-        assert versions == {str(step["rollout"] + 1)} == {str(step["weights"])}
+        assert trained_on(job, step) == {str(step["weights"])} == {str(step["rollout"] + 1)}
+
+
+def test_where_weights_go_by_nccl_the_job_is_started_again_after_its_engine(
+    start: Callable[..., Job],
+) -> None:
+    """
+    The daemon sees no version and has no folder, and slime has no handler: as where NCCL brings the weights.
+
+    The job resumes by slime's own `--load`, and pushes its weights as at any start.
+    """
+    job = start(weights='sync = "nccl"')
+    log = killed_on_the_way(job)
+    assert "starting the trainer again: weights_unproven" in log
+    rollouts = [step["rollout"] for step in job.steps()]
+    again = next(at for at, (one, other) in enumerate(pairwise(rollouts), 1) if other <= one)
+    assert rollouts[again] % 3 == 0, "from a checkpoint on: they are of rollouts 2, 5, 8 and 11"
+    assert rollouts == [*range(rollouts[again - 1] + 1), *range(rollouts[again], ROLLOUTS)]
+    for step in job.steps()[again:]:
+        assert trained_on(job, step) == {str(step["weights"])}

@@ -89,6 +89,8 @@ def generate_rollout(args: Any, rollout_id: int, data_source: Any, evaluation: b
     version = _pushed(args)
     if version is not None:
         guard.weights(version)
+    if guard.skips(rollout_id):
+        data_source.get_samples(args.rollout_batch_size)  # the job died of them, twice
     while True:
         with guard.rollouts(rollout_id):
             output = rollout(args, rollout_id, data_source, evaluation=False)

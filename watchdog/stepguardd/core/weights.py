@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from . import proof, relaunch, stall, unguarded
+from . import holding, proof, relaunch, stall, unguarded
 from .breaker import Phase
 from .commands import AbortRequests, CompareWeights, PushWeights
 from .events import Answer, EffectEnded, OrderAcknowledged, ServerProbed, WeightsLook
@@ -22,7 +22,8 @@ def prove(turn: Turn, server: Server) -> None:
     Prove the served weights current, or make them so.
 
     In this order: the version that the server offers, a push of the trainer's own weights from disk, a
-    RESYNC by the trainer. A run without any of them waits, and ends locked out: never on a guess.
+    RESYNC by the trainer, a new trainer. A run without any of them waits, and ends locked out: never on a
+    guess.
     """
     repair, trainer, settings = server.repair, turn.state.trainer, turn.state.settings
     assert repair is not None
@@ -59,6 +60,23 @@ def prove(turn: Turn, server: Server) -> None:
     elif trainer.handles_resync and (not push or repair.push_failed) and _may_resync(turn, repair):
         generation = turn.state.gate.generation + 1
         turn.put(replace(server, repair=replace(repair, resync_generation=generation)))
+    elif repair.restarts or repair.cause is Reason.SERVER_RETURNED:
+        _by_a_new_trainer(turn)
+
+
+def _by_a_new_trainer(turn: Turn) -> bool:
+    """
+    Whether the trainer is started again, because this one has no way to bring its weights to a new process.
+
+    One that pushes over NCCL or IPC and has no `on_resync`: the group of its start is gone with the old
+    process. Not for one server of several that the run can do without.
+    """
+    trainer, settings = turn.state.trainer, turn.state.settings
+    able = trainer.handles_resync or (settings.push_weights and trainer.weight_version is not None)
+    allowed = settings.trainer_managed and turn.may_act(Reason.WEIGHTS_UNPROVEN)
+    if able or not allowed or holding.why_down(turn.state) is None:
+        return False
+    return relaunch.begin(turn, Reason.WEIGHTS_UNPROVEN)
 
 
 def _unguarded(turn: Turn, repair: Repair) -> bool:
@@ -362,7 +380,8 @@ def waited(turn: Turn, server: Server, repair: Repair) -> bool:
         if repair.resync_generation is None or trainer.phase == "HELD":
             if repair.push_failed and not repair.resyncs_failed:
                 return True  # it cannot load: a new process may
-            give_up(turn, server, Reason.WEIGHTS_UNPROVEN)
+            if not _by_a_new_trainer(turn):
+                give_up(turn, server, Reason.WEIGHTS_UNPROVEN)
             return False
         if not repair.called:
             server = replace(server, repair=replace(repair, called=True))
@@ -422,6 +441,8 @@ def serve(turn: Turn, server: Server) -> None:
     turn.put(server.move(ServerState.SERVING, turn.now, None))
     if repair.restarts:
         how = "weights proven current"
-        if _unguarded(turn, repair):
+        if turn.state.relaunch is not None:
+            how = "and gets its weights from the new trainer"
+        elif _unguarded(turn, repair):
             how = "with the newest that was served" if repair.vouched else "with weights that nothing proves"
         turn.note("action", repair.cause, f"{server.name} serves again, {how}")
