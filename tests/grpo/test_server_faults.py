@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -300,3 +301,23 @@ def test_the_parent_imports_neither_torch_nor_numpy(start: Start) -> None:
     assert "_multiarray_umath" not in maps
     assert "libtorch" not in maps
     assert "_multiarray_umath" in Path(f"/proc/{server.scheduler().pid}/maps").read_text()
+
+
+def test_requests_to_a_dead_scheduler_do_not_flood_the_log(start: Start) -> None:
+    """What reached the parent before it noticed was written to a closed socket, one line of log each."""
+    server = start("--crash-diagnostics-s", "0").until_up()
+    scheduler = server.scheduler()
+    os.kill(server.process.pid, signal.SIGSTOP)  # it shall notice with all of them at its door
+    asked = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(40)]
+    body = json.dumps(GENERATE).encode()
+    head = f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+    for connection in asked:
+        connection.sendall(head + body)
+    scheduler.kill()
+    assert gone(scheduler)
+    os.kill(server.process.pid, signal.SIGCONT)
+    assert server.exit_code() == -signal.SIGKILL
+    for connection in asked:
+        connection.close()
+    assert "crashed with exit code -9" in server.log
+    assert "socket.send()" not in server.log

@@ -120,7 +120,8 @@ class SchedulerLink:
 
     def _post(self, message: Message) -> None:
         assert self._writer is not None, "start() comes first"
-        self._writer.write(pack(message))
+        if not self._writer.is_closing():  # asyncio logs each write to a dead peer, and says nothing else
+            self._writer.write(pack(message))
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         inbox = Inbox()
