@@ -913,8 +913,32 @@ def test_mode_shadow_neither_holds_nor_acts_and_tells_what_it_would() -> None:
     world.kill()
     world.run(300)
     assert world.orders() == ["GO"]
-    assert world.told("would")
+    assert world.told("would") == [
+        "would refuse the batch of step 31 in mode hold",
+        "would hold the trainer in mode hold",
+        "would restart s in mode act",
+    ]
     assert not world.all(StopServer) + world.all(PushWeights) + world.all(ContinueServer)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [
+        ({"stopped": True}, ["s is stopped: would send SIGCONT in mode act", "would restart s in mode act"]),
+        ({"frozen": True, "busy": False}, ["would restart s in mode act"]),
+        ({"version": "base"}, ["would load version v2 into s in mode hold"]),
+    ],
+)
+def test_mode_shadow_tells_each_thing_that_it_would_do_once(
+    trouble: dict[str, object], said: list[str]
+) -> None:
+    world = World(mode="shadow", settings=replace(PUSH, max_staleness=9))
+    world.steps(2)
+    for name, value in trouble.items():
+        setattr(world.fake, name, value)
+    world.run(600)
+    assert world.orders() == ["GO"]
+    assert sorted(world.told("would")) == sorted(["would hold the trainer in mode hold", *said])
 
 
 def test_mode_hold_holds_and_never_restarts_or_rolls_back() -> None:

@@ -94,6 +94,8 @@ def reported(turn: Turn, event: BatchReported) -> None:
     if not ok and refusal is not None:
         turn.count("refused_batches")
         turn.note("refused", refusal, f"batch of step {event.step} refused: {refusal.value}")
+    elif refusal is not None:
+        turn.note("would", refusal, f"would refuse the batch of step {event.step} in mode hold")
 
 
 def calls_hung(turn: Turn, event: CallsHung) -> None:

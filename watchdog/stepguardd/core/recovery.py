@@ -257,6 +257,8 @@ def _died(turn: Turn, server: Server, reason: Reason) -> None:
         return  # until its machine is back
     if server.managed and turn.may_act(repair.cause if repair is not None else reason):
         restart(turn, server, reason)
+    elif server.managed:
+        turn.note("would", reason, f"would restart {server.name} in mode act")
 
 
 def in_reach(turn: Turn, server: Server) -> None:
@@ -275,6 +277,7 @@ def _stopped(turn: Turn, server: Server, reason: Reason) -> None:
     if not turn.may_act(reason) or cluster.away(turn.state, server):
         if server.repair is None:
             _enter(turn, server, reason, Stage.WATCH, ServerState.SUSPECT)
+            turn.note("would", reason, f"{server.name} is stopped: would send SIGCONT in mode act")
         return
     server = _begun(turn, server, reason, Stage.CONTINUE, ServerState.SUSPECT)
     intent = turn.intent("continue")
@@ -292,8 +295,12 @@ def _watch(turn: Turn, server: Server, repair: Repair) -> None:
         return
     if well(server, settings, turn.now):
         _canary(turn, _begun(turn, server, repair.cause, Stage.CANARY, server.state))
-    elif turn.now - repair.began > settings.kill_after_s and server.managed and turn.may_act(repair.cause):
-        restart(turn, server, repair.cause)
+    elif turn.now - repair.began > settings.kill_after_s and server.managed:
+        if turn.may_act(repair.cause):
+            restart(turn, server, repair.cause)
+        elif not repair.called:
+            turn.put(replace(server, repair=replace(repair, called=True)))
+            turn.note("would", repair.cause, f"would restart {server.name} in mode act")
 
 
 def _begun(turn: Turn, server: Server, reason: Reason, stage: Stage, to: ServerState) -> Server:

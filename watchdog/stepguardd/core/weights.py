@@ -47,6 +47,10 @@ def prove(turn: Turn, server: Server) -> None:
     if turn.state.mode is Mode.SHADOW:
         if not known:
             serve(turn, server)  # nothing more can be learned by looking on
+        elif not repair.called:
+            turn.put(replace(server, repair=replace(repair, called=True)))
+            how = f"load version {trainer.weight_version} into" if settings.push_weights else "re-sync"
+            turn.note("would", repair.cause, f"would {how} {server.name} in mode hold")
         return
     push = settings.push_weights and trainer.weight_version is not None
     if push and not (repair.push_failed and trainer.handles_resync) and again(turn, repair):
