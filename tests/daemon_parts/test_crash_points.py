@@ -47,7 +47,7 @@ def started_once(run: SmallRun) -> None:
     assert len(starts) == len(set(starts)), f"an intent was started twice: {starts}"
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("points", "push"), [(PUSHED, True), (RESYNCED, False)], ids=["push", "resync"])
 def test_one_recovery_survives_a_kill_of_the_daemon_at_every_point(
     points: list[str], push: bool, tmp_path: Path, base_model: Path
