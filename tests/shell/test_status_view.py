@@ -66,6 +66,11 @@ WORST: dict[str, Any] = {
     ],
     "stream": {"path": "/p" * 90, "metric": "m" * 90, "step": 10**12, "reward": "NaN", "age_s": 1e9},
     "checkpoints": [{"step": 10**9, "proven": True}],
+    "nodes": [
+        {"name": f"n{i}" * 40, "state": state, "since_s": 1e9, "why": "silent " * 30}
+        for i in range(50)
+        for state in ("lost", "joining")
+    ],
     "prompts": {
         "crashes": 10**9,
         "suspected": 10**9,
@@ -204,11 +209,22 @@ def test_the_logs_the_stream_and_the_pressure_have_their_lines() -> None:
     assert line_of("Host", {**WELL, "host": host}).endswith("available, waited for 38 % of the last 10 s")
 
 
+def test_other_machines_are_counted_and_those_that_are_not_there_named() -> None:
+    here = {"name": "n1", "state": "present", "since_s": 9.0, "why": ""}
+    lost = {"name": "n2", "state": "lost", "since_s": 12.0, "why": "its agent is gone"}
+    joining = {"name": "n3", "state": "joining", "since_s": 3.0, "why": ""}
+    assert line_of("Machines", {**WELL, "nodes": [here, here]}) == "Machines 2 of 2 others are there"
+    line = line_of("Machines", {**WELL, "nodes": [here, lost]})
+    assert line == "Machines 1 of 2 others are there; n2 lost for 12 s: its agent is gone"
+    line = line_of("Machines", {**WELL, "nodes": [here, joining, lost]})
+    assert line == "Machines 1 of 3 others are there; n2 lost for 12 s, 1 more away"
+
+
 def test_where_the_screen_is_full_what_is_wrong_stays() -> None:
     """The incident and its servers take the room; nothing bad to say is said elsewhere: --json."""
     quiet = {source: {"count": 0, "newest": None} for source in ("kernel", "ray", "cuda", "kv_pool")}
     bad = {**quiet, "kernel": {"count": 1, "newest": None}}
-    titles = {line.split()[0] for line in drawn({**WORST, "oom": bad}) if line.strip()}
+    titles = {line.split()[0] for line in drawn({**WORST, "nodes": [], "oom": bad}) if line.strip()}
     assert {"Breaker", "Trainer", "Reward", "OOM"} <= titles
     assert "OOM" not in {line.split()[0] for line in drawn({**WORST, "oom": quiet}) if line.strip()}
 
@@ -291,6 +307,12 @@ ANY_JSON = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False
                     {}, optional={"index": ANY_JSON, "used_bytes": ANY_JSON, "total_bytes": ANY_JSON}
                 ),
                 max_size=20,
+            ),
+            "nodes": st.lists(
+                st.fixed_dictionaries(
+                    {}, optional={"name": ANY_JSON, "state": st.text(max_size=20), "why": ANY_JSON}
+                ),
+                max_size=5,
             ),
             "host": st.none()
             | st.fixed_dictionaries({}, optional={"available_bytes": ANY_JSON, "total_bytes": ANY_JSON}),

@@ -214,6 +214,7 @@ def _server(server: Server, urls: Mapping[str, str], now: float) -> dict[str, ob
     return {
         "name": server.name,
         "url": urls.get(server.name),
+        "node": server.node,
         "state": server.state.value,
         "reason": None if server.reason is None else server.reason.value,
         "since_s": round(now - server.since, 3),

@@ -19,6 +19,7 @@ from stepguardd.control.contract import (
     HostDict,
     IncidentDict,
     LogDict,
+    NodeDict,
     OomDict,
     PromptsDict,
     SavedDict,
@@ -159,6 +160,8 @@ def _trainer(status: StatusDict) -> _Fact:
 def _more(status: StatusDict) -> list[_Fact]:
     """What is known beside the trainer and the gate, in the order of the screen."""
     facts = []
+    if nodes := status.get("nodes"):
+        facts.append(_ranked("Machines", _nodes(nodes)))
     if stream := status.get("stream"):
         facts.append(_stream(stream))
     extra = []
@@ -208,6 +211,23 @@ def _stream(stream: StreamDict) -> _Fact:
     if stream.get("age_s") is not None:
         words += f", {_span(stream.get('age_s'))} ago"
     return _Fact("Stream", Text(words))
+
+
+def _nodes(nodes: Sequence[NodeDict]) -> Text:
+    """How many other machines are there, and which are not."""
+    away = [node for node in nodes if node.get("state") != "present"]
+    line = Text(f"{len(nodes) - len(away)} of {len(nodes)} others are there")
+    away.sort(key=lambda node: node.get("state") != "lost")
+    for node in away[:1]:
+        lost = node.get("state") == "lost"
+        line.append("; ")
+        words = f"{_cut(node.get('name'), 16)} {_cut(node.get('state'), 8)} for {_span(node.get('since_s'))}"
+        line.append(words, "bold red" if lost else "yellow")
+        if len(away) > 1:
+            line.append(f", {len(away) - 1} more away", "yellow")
+        elif lost:
+            line.append(f": {_cut(node.get('why'), WIDTH)}")
+    return line
 
 
 def _prompts(prompts: PromptsDict) -> Text:

@@ -93,6 +93,7 @@ class ServerDict(TypedDict, total=False):
 
     name: str
     url: str
+    node: str | None
     state: str
     since_s: float
     pid: int | None
