@@ -78,9 +78,9 @@ def restored(path: Path, boot: str = BOOT) -> tuple[State | None, tuple[str, ...
 class Recording(World):
     """A world that keeps each decision that a daemon would keep."""
 
-    def __init__(self, settings: Settings | None = None) -> None:
+    def __init__(self, settings: Settings | None = None, mode: str = "act") -> None:
         self.rows: list[Told] = []
-        super().__init__(settings=settings)
+        super().__init__(settings=settings, mode=mode)
 
     def feed(self, event: Event) -> tuple[Command, ...]:
         before = self.state

@@ -36,6 +36,7 @@ from stepguardd.core.state import Settings
 from stepguardd.incidents.collected import Collected, LogSpan, read_collected, write_collected
 from stepguardd.incidents.folders import folder_of, keep_few, kept
 from stepguardd.incidents.markdown import as_markdown, shown_lines
+from stepguardd.incidents.page import as_page
 from stepguardd.incidents.passage import has_notice
 from stepguardd.incidents.report import Report, ReportError, build, without_strangers
 from stepguardd.incidents.slices import LogSlice, cut_out, metric_figures
@@ -448,3 +449,23 @@ def test_steps_that_a_relaunch_takes_again_are_part_of_the_cost(tmp_path: Path) 
     written(tmp_path / "journal.db", world.rows)
     cost = build(Collected(run="math", incident=1, journal=str(tmp_path / "journal.db")), None).cost
     assert cost.steps_again == 16
+
+
+def test_a_report_of_mode_shadow_says_what_was_not_done_and_costs_nothing(tmp_path: Path) -> None:
+    """Nothing was held, so nobody reads that the trainer is held, for how long, or how to let it go."""
+    world = Recording(mode="shadow")
+    world.steps(12)
+    world.kill()
+    world.run(30)
+    written(tmp_path / "journal.db", world.rows)
+    run_dir = "/run/stepguard/math"
+    collected = Collected(run="math", incident=1, journal=str(tmp_path / "journal.db"), run_dir=run_dir)
+    report = build(collected, None)
+    assert (report.stage, report.cost.held_s) == ("watched", 0.0)
+    assert set(report.would) == {"would hold the trainer in mode hold", "would restart s in mode act"}
+    page, text = as_page(report), as_markdown(report)
+    for line in (*report.would, "Nothing: it only looked on."):
+        assert line in text
+        assert line in page
+    assert "still held" not in text
+    assert "stepguard resume" not in text

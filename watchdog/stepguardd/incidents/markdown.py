@@ -8,11 +8,13 @@ from itertools import groupby
 from typing import Final
 
 from ..core.diagnosis import NAMES, Hypothesis
+from ..core.state import Mode
 from ..sparkline import sparkline
 from .report import Report
 from .slices import LogSlice
 from .words import plain, seconds
 
+NOT_DONE: Final = "What it did not do, because of the mode:"
 _WIDTH: Final = 80
 _CAUSES_SHOWN: Final = 4
 _LOG_LINES_BEFORE: Final = 12
@@ -240,10 +242,17 @@ def _causes(report: Report) -> list[str]:
 
 
 def _actions(report: Report) -> str:
+    would = f"\n\n{NOT_DONE}\n\n{_list(report.would)}" if report.would else ""
     if not report.actions:
-        return "Nothing: it held and told."
+        return nothing_done(report) + would
     rows = [f"{when:>9}  {what} ({took}): {how}" for when, what, took, how in action_rows(report)]
-    return _code([part for row in rows for part in textwrap.wrap(row, _WIDTH, subsequent_indent=" " * 11)])
+    lines = [part for row in rows for part in textwrap.wrap(row, _WIDTH, subsequent_indent=" " * 11)]
+    return _code(lines) + would
+
+
+def nothing_done(report: Report) -> str:
+    """One sentence, for a report without acts."""
+    return "Nothing: it only looked on." if report.mode == Mode.SHADOW.value else "Nothing: it held and told."
 
 
 def _figures(report: Report) -> str:

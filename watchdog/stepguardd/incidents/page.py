@@ -13,7 +13,7 @@ from typing import Final
 
 from ..core.diagnosis import NAMES, Hypothesis
 from .chart import picture
-from .markdown import action_rows, costs, shown_lines, sources, window, worth_showing
+from .markdown import NOT_DONE, action_rows, costs, nothing_done, shown_lines, sources, window, worth_showing
 from .report import Report
 from .slices import LogSlice
 from .words import seconds
@@ -122,15 +122,16 @@ def _cause(number: int, one: Hypothesis) -> str:
 
 
 def _actions(report: Report) -> str:
+    would = f"<p>{NOT_DONE}</p><ul>{_items(report.would)}</ul>" if report.would else ""
     if not report.actions:
-        return '<p class="quiet">Nothing: it held and told.</p>'
+        return f'<p class="quiet">{nothing_done(report)}</p>{would}'
     rows = "".join(
         f'<tr><td class="n">{_text(when)}</td><td>{_text(what)}</td><td class="n">{_text(took)}</td>'
         f'<td class="t">{_text(how)}</td></tr>'
         for when, what, took, how in action_rows(report)
     )
     head = "<tr><th class=n>begun</th><th>what</th><th class=n>took</th><th>how it ended</th></tr>"
-    return f'<div class="wide" tabindex="0"><table>{head}{rows}</table></div>'
+    return f'<div class="wide" tabindex="0"><table>{head}{rows}</table></div>{would}'
 
 
 def _figures(report: Report) -> str:

@@ -53,6 +53,7 @@ _KILL_TO_EXIT_S: Final = 2.0
 _VICTIM: Final = re.compile(r"(?:[Kk]illed process |oom-kill:.*\bpid=)(\d{1,9})")
 _BEFORE_A_KILL: Final = re.compile(r"invoked oom-killer|oom-kill:")
 _GPU_TIMEOUT_S: Final = 5.0
+_WOULD_SHOWN: Final = 8
 _STACK_CHARS_MAX: Final = 200_000
 
 
@@ -119,6 +120,7 @@ class Report:
     moments: tuple[Moment, ...]
     hypotheses: tuple[Hypothesis, ...]
     actions: tuple[Action, ...]
+    would: tuple[str, ...]
     steps: tuple[str, ...]
     advice: tuple[str, ...]
     commands: tuple[tuple[str, str], ...]
@@ -177,6 +179,7 @@ def build(collected: Collected, folder: Path | None) -> Report:
         moments=tuple(moments),
         hypotheses=hypotheses,
         actions=tuple(_actions(passage)),
+        would=tuple(_would(passage)),
         steps=tuple(_next_steps(incident, last, hypotheses, stage, _crash_words([*logs, *kernel], notes))),
         advice=tuple(_advice(passage)),
         commands=tuple(_commands(collected, incident, stage, folder)),
@@ -211,6 +214,8 @@ def _stage(incident: Incident, last: State) -> str:
         return "closed"
     if last.phase is Phase.LOCKED_OUT:
         return "locked out"
+    if last.mode is Mode.SHADOW:
+        return "watched"
     return "held" if incident.resumed_at is None else "probation"
 
 
@@ -468,7 +473,7 @@ def _cost(
     end = incident.resumed_at
     if end is None:
         end = incident.closed_at if incident.closed_at is not None else passage.rows[-1].at
-    held_s = max(0.0, end - incident.opened_at)
+    held_s = 0.0 if last.mode is Mode.SHADOW else max(0.0, end - incident.opened_at)
     step_s = _step_time(passage, incident)
     again = _taken_again(passage, incident)
     return Cost(
@@ -549,6 +554,14 @@ def _actions(passage: Passage) -> list[Action]:
     return actions
 
 
+def _would(passage: Passage) -> list[str]:
+    """What another mode would have done, each once; the modes shadow and hold tell it."""
+    notes = (command for row in passage.rows for command in row.commands if isinstance(command, Notify))
+    told = list(dict.fromkeys(note.text for note in notes if note.what == "would"))
+    more = len(told) - _WOULD_SHOWN
+    return told if more <= 0 else [*told[:_WOULD_SHOWN], f"and {more} more like these"]
+
+
 def _summary(
     passage: Passage, incident: Incident, last: State, cost: Cost, moments: Sequence[Moment]
 ) -> list[str]:
@@ -605,6 +618,8 @@ def _summary(
             sentences.append("The run is on probation: a relapse re-opens the incident.")
         case "locked out":
             sentences.append("No remedy is left, and the run is held until a person decides.")
+        case "watched":
+            sentences.append("The trouble lasts.")
         case _:
             sentences.append("The trainer is still held.")
     return sentences
@@ -621,6 +636,8 @@ def _next_steps(
             steps.append("Nothing now: the run goes on under watch.")
         case "locked out":
             steps.append("Decide now: remove the cause and let it go on, go back, or stop the run.")
+        case "watched":
+            steps.append("Repair the cause: mode shadow only looks on. What another mode would do is below.")
         case _ if last.mode is Mode.ACT:
             steps.append("Nothing yet: Stepguard is repairing it. Watch, and decide if it locks out.")
         case _:
