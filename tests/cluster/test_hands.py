@@ -146,6 +146,16 @@ def test_a_head_without_an_answer_has_a_failed_effect(tmp_path: Path) -> None:
     assert (outcome.ok, outcome.detail) == (False, "node n2: its agent has not done it within 20 s")
 
 
+def test_a_trainer_on_another_machine_is_not_started_on_this_one(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    cluster = '[cluster]\nlisten = "127.0.0.1:1"\nnodes = ["n1"]\ntrainer = "n1"\n[trainer]\nbackend = '
+    path.write_text(cluster + '"process"\ncommand = ["x"]\n')
+    with pytest.raises(ConfigError, match="backend 'process' would start it on the daemon's own machine"):
+        load_config(path)
+    path.write_text(cluster + '"none"\n')
+    load_config(path)
+
+
 @pytest.mark.parametrize(
     ("server", "why"),
     [

@@ -1166,6 +1166,18 @@ class Config(Section):
                 )
         return cluster
 
+    @field_validator("trainer")
+    @classmethod
+    def _trainer_is_in_reach(cls, trainer: LaunchSettings, info: ValidationInfo) -> LaunchSettings:
+        node = getattr(info.data.get("cluster"), "trainer", None)
+        if node is not None and trainer.backend in {"process", "systemd", "docker"}:
+            raise PydanticCustomError(
+                "value_error",
+                f"backend {trainer.backend!r} would start it on the daemon's own machine, and cluster."
+                f"trainer says {node!r}; leave one of them out, or run the daemon there",
+            )
+        return trainer
+
     def server_log(self, server: ServerSettings) -> Path:
         """Where this server's output goes."""
         return server.log or self.run.state_dir / "servers" / f"{server.name}.log"
