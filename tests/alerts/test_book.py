@@ -1,6 +1,7 @@
 """Which message goes where and when: grouped by incident, quiet at night, never without the end."""
 
 from dataclasses import replace
+from typing import Any
 
 from stepguardd.core.alerts import book as books
 from stepguardd.core.alerts.book import Book, Kind, Level, Notice, Policy, Route, Sending
@@ -26,14 +27,14 @@ class Desk:
 
     def take(
         self, at: float, what: str, *, incident: int | None = 1, text: str = "", person: bool = False,
-        known_to: str | None = None, reason: Reason = Reason.SERVER_DIED,
+        known_to: str | None = None, reason: Reason = Reason.SERVER_DIED, phase: Phase = Phase.OPEN,
     ) -> list[Sending]:  # fmt: skip
         told = None
         if incident is not None:
             told = Incident(
                 number=incident, reason=reason, server="s", onset_step=31, opened_at=at, known_to=known_to
             )
-        about = About(mode=Mode.ACT, phase=Phase.OPEN, order=GateOrder.HOLD, incident=told, person=person)
+        about = About(mode=Mode.ACT, phase=phase, order=GateOrder.HOLD, incident=told, person=person)
         notify = Notify(incident=incident, what=what, reason=reason.value, text=text or what, about=about)
         self.book = books.take(self.book, self.policy, ROUTES, Notice(at=at, wall=at + 1e9, notify=notify))
         return self.at(at)
@@ -86,6 +87,21 @@ def test_whoever_was_woken_hears_at_night_that_it_is_over() -> None:
     assert kinds(desk.take(0.0, "opened", person=True)) == [Kind.OPENED]
     assert desk.take(1.0, "refused", person=True) == [], "the same call is not made twice"
     assert kinds(desk.take(2.0, "resumed")) == [Kind.UPDATED]
+
+
+def test_nobody_is_woken_for_a_run_that_a_person_pauses() -> None:
+    """With an incident or without: whoever paused knows, the others read it in the morning."""
+    desk = Desk(quiet=(1320, 420))
+    paused: dict[str, Any] = {"person": True, "phase": Phase.FORCED_OPEN, "reason": Reason.OPERATOR_PAUSE}
+    (told,) = desk.take(0.0, "person", incident=None, text="paused by ada: a look", **paused)
+    assert (told.route, told.level) == ("slack", Level.INFO)
+    desk.take(10.0, "opened")
+    assert kinds(desk.at(11.0)) == [Kind.OPENED]
+    desk.minute = NIGHT
+    assert desk.take(12.0, "person", **paused) == []
+    assert desk.at(20_000.0) == []
+    desk.minute = NOON
+    assert [one.level for one in desk.at(20_001.0) if one.route == "slack"] == [Level.INFO]
 
 
 def test_a_server_in_trouble_explains_warnings_before_during_and_after() -> None:

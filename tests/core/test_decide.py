@@ -999,6 +999,37 @@ def test_a_person_pauses_and_resumes() -> None:
     assert world.order == "GO"
 
 
+def test_a_pause_is_no_incident_and_is_told_again_when_it_lasts() -> None:
+    """Whoever paused knows; nobody else is called. A pause that was forgotten burns GPUs."""
+    world = World()
+    world.ask("pause")
+    assert (world.state.incident, world.state.incidents) == (None, 0)
+    for _ in range(9):
+        world.now += 3599
+        world.run(1)
+    assert world.told("person")[1:] == [
+        "still paused after 4 h, by ada: a test",
+        "still paused after 8 h, by ada: a test",
+    ]
+    world.ask("resume")
+    assert world.order == "GO"
+    assert world.told("opened") == []
+
+
+@pytest.mark.parametrize("mode", ["hold", "act"])
+def test_trouble_under_a_pause_is_an_incident_once_only_it_holds_the_run(mode: str) -> None:
+    world = World(mode=mode)
+    world.steps(3)
+    world.ask("pause")
+    world.kill()
+    assert world.told("opened") == []
+    world.ask("resume")
+    assert world.order == "HOLD"
+    assert world.state.incident is not None
+    assert world.state.incident.server == "s"
+    assert len(world.told("opened")) == 1
+
+
 def test_a_pause_outlives_a_restart_of_the_daemon() -> None:
     world = World()
     world.ask("pause")

@@ -382,6 +382,7 @@ def _on_tick(turn: Turn) -> None:
     rollbacks.wait(turn)
     relaunch.ticked(turn)
     stall.ticked(turn)
+    people.remind(turn)
     _reset_budgets(turn)
 
 

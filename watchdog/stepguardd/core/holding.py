@@ -17,6 +17,8 @@ from .reasons import CONTRADICTIONS, Reason
 from .state import GateOrder, Incident, Server, ServerState, State
 from .turn import Turn
 
+_BEGINNINGS = frozenset({Reason.RECONCILING, Reason.NODES_JOINING})
+
 
 def healthy(state: State) -> bool:
     """Whether every server may be used, and none is under repair."""
@@ -159,10 +161,14 @@ def _settle_breaker(turn: Turn) -> None:
             _open_incident(turn, state.lockout.reason)
         to(turn, Trigger.GIVE_UP)
     elif held is not None and state.phase in {Phase.CLOSED, Phase.HALF_OPEN}:
-        if _starting(state) or held in {Reason.RECONCILING, Reason.NODES_JOINING}:
+        if _starting(state) or held in _BEGINNINGS:
             return  # the first start, or the first look after a restart, is no incident
         _open_incident(turn, held)
         to(turn, Trigger.TRIP)
+    elif held is not None and state.phase is Phase.OPEN and state.incident is None:
+        # A person let go of a pause, and something else still holds: trouble that began under the pause.
+        if not _starting(state) and held not in _BEGINNINGS:
+            _open_incident(turn, held)
     elif held is None and state.phase is Phase.OPEN:
         incident = turn.state.incident
         turn.state = replace(

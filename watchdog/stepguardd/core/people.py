@@ -17,6 +17,9 @@ from .state import (
 )
 from .turn import Turn
 
+HOUR_S = 3600.0
+REMINDED_AFTER_H = 4
+
 
 def asked(turn: Turn, event: OperatorAsked) -> None:
     """Do what a person asked for, and say by whom."""
@@ -54,6 +57,23 @@ def asked(turn: Turn, event: OperatorAsked) -> None:
                 turn.note("person", Reason.UNKNOWN_VERB, f"unknown mode {event.mode!r} asked by {by}")
         case _:
             turn.note("person", Reason.UNKNOWN_VERB, f"unknown request {event.verb!r} by {by}")
+
+
+def remind(turn: Turn) -> None:
+    """
+    Tell of a pause that goes on: it is no incident and wakes nobody, and one that was forgotten burns GPUs.
+
+    Where an incident is open as well, its own repetition says that the run is held.
+    """
+    state, pause = turn.state, turn.state.pause
+    if pause is None or state.incident is not None:
+        return
+    hours = int((turn.now - pause.since) / HOUR_S)
+    if hours < REMINDED_AFTER_H * (pause.reminders + 1):
+        return
+    turn.state = replace(state, pause=replace(pause, reminders=hours // REMINDED_AFTER_H))
+    by = f"{pause.who}: {pause.why}" if pause.why else pause.who
+    turn.note("person", Reason.OPERATOR_PAUSE, f"still paused after {hours} h, by {by}")
 
 
 def _resume(turn: Turn, by: str) -> None:

@@ -460,11 +460,12 @@ class Trip:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pause:
-    """A person holds the trainer."""
+    """A person holds the trainer; `reminders` is how often people were told that it is still so."""
 
     who: str
     why: str
     since: float
+    reminders: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

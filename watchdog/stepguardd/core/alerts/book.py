@@ -21,6 +21,7 @@ Times are seconds of the monotonic clock; a reboot moves them (`resumed`).
 from dataclasses import dataclass, replace
 from enum import IntEnum, StrEnum
 
+from ..breaker import Phase
 from ..commands import Notify
 from ..reasons import Reason
 from .facts import About
@@ -334,9 +335,14 @@ def _noted(
 
 def _level(case: Case, what: str, about: About | None) -> Level:
     """A run that is held and that nobody but a person will let go on is a call, whatever opened it."""
-    if what in _CALLS or (about is not None and about.person and case.incident is not None):
+    if what in _CALLS or (_nobody_is_at_it(about) and case.incident is not None):
         return Level.CALL
     return Level.INFO if case.incident is None else Level.ALERT
+
+
+def _nobody_is_at_it(about: About | None) -> bool:
+    """Whether the run waits for a person, and not for the one who paused it: whoever did knows."""
+    return about is not None and about.person and about.phase is not Phase.FORCED_OPEN
 
 
 def _told_of(
@@ -502,8 +508,7 @@ def _level_now(case: Case, new: tuple[Note, ...], kind: Kind) -> Level:
         return Level.INFO
     if kind in {Kind.OPENED, Kind.NOTE} or any(note.what in _CALLS for note in new):
         return case.level
-    person = case.about is not None and case.about.person
-    return Level.CALL if person and case.known_to is None else Level.INFO
+    return Level.CALL if _nobody_is_at_it(case.about) and case.known_to is None else Level.INFO
 
 
 def _digest(
@@ -526,11 +531,10 @@ def _digest(
 def _after(line: Line, case: Case, policy: Policy, at: float) -> Line:
     """The line once everything up to now was said: an incident that is open is told again after a while."""
     silent = _over(case) or case.known_to is not None
-    person = case.about is not None and case.about.person
     return replace(
         line,
         due=None if silent else at + policy.repeat_s,
-        loud=person and not silent,
+        loud=_nobody_is_at_it(case.about) and not silent,
         called=line.called or case.level is Level.CALL,
         told=True,
         told_at=at,
