@@ -3,6 +3,8 @@
 import asyncio
 import json
 import re
+import socket
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from stepguardd.core.events import CheckpointSaved, CheckpointVetted, OperatorAs
 from stepguardd.core.verdict import Finding, Verdict
 from stepguardd.daemon import Daemon
 from stepguardd.web.metrics import families
+from stepguardd.web.server import listening
 
 DOCS = Path(__file__).parents[2] / "docs"
 FULL = {**WELL, "gpus": [{"index": 0, "used_bytes": 10, "total_bytes": 80}]}
@@ -211,6 +214,27 @@ def test_a_page_that_fails_is_told_and_the_control_socket_goes_on(
 
     asyncio.run(live())
     assert "a bug of the page" in caplog.text
+
+
+def test_an_answer_of_two_packets_does_not_wait_for_the_readers_leave() -> None:
+    """Nagle's algorithm would hold the second one back until the first is acknowledged, 40 ms later."""
+    delays = asyncio.Queue[int]()
+
+    async def met(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = writer.get_extra_info("socket")
+        delays.put_nowait(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    async def live() -> int:
+        listener = listening(IPv4Address("127.0.0.1"), 0)
+        async with await asyncio.start_server(met, sock=listener), asyncio.timeout(30):
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            at_once = await delays.get()
+            writer.close()
+            await writer.wait_closed()
+        return at_once
+
+    assert asyncio.run(live())
 
 
 class BrokenChronicle(Chronicle):
