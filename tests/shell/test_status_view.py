@@ -152,6 +152,16 @@ def test_the_last_incident_is_told_when_none_is_open() -> None:
     assert "Last incident 7: server_exited, 1 min 30 s ago, closed\n- restarted it" in text.replace("  ", "")
 
 
+def test_who_did_it_and_why_are_shown_without_numbers_and_codes() -> None:
+    """The line is 80 wide: a reason code's underscores and a process's number would push the reason out."""
+    paused = {"phase": "forced_open", "since_s": 5, "reason": "paused by ada (uid 1000, pid 12704): a look"}
+    incident = {"id": 1, "cause": "server_died", "actions": ["held: server_died at step 3"], "stage": "held"}
+    text = "\n".join(drawn({**WELL, "breaker": paused, "gate": {"order": "HOLD"}, "incident": incident}))
+    assert "gate HOLD: paused by ada: a look" in text
+    assert "Incident 1: server died, " in text
+    assert "- held: server died at step 3" in text
+
+
 def test_gpus_and_host_are_one_line_each_with_what_is_wrong() -> None:
     gpus = [
         {"index": 0, "used_bytes": 40 << 30, "total_bytes": 80 << 30},

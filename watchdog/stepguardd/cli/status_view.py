@@ -6,6 +6,7 @@ Each source has its line. Where they are too many for the screen, those go first
 It reads any daemon's answer: what is missing is shown as unknown, what is unheard of as it stands.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,9 +28,11 @@ from stepguardd.control.contract import (
     StatusDict,
     StreamDict,
 )
+from stepguardd.incidents.words import in_words
 from stepguardd.oneline import one_line
 from stepguardd.sparkline import sparkline
 
+_NUMBERS = re.compile(r" \(uid \d+, pid \d+\)")
 WIDTH = 80
 LINES_MAX = 23
 """A terminal of 24 lines, and the prompt."""
@@ -135,7 +138,7 @@ def _facts(status: StatusDict, lines_max: int) -> Table:
 
 def _breaker(status: StatusDict) -> _Fact:
     breaker, gate = status.get("breaker", {}), status.get("gate", {})
-    reason = _cut(breaker.get("reason"), WIDTH)
+    reason = _cut(_said(breaker.get("reason")), WIDTH)
     phase = _cut(breaker.get("phase"), 12).replace("_", " ")
     words = f"{phase} for {_span(breaker.get('since_s'))}, gate {_cut(gate.get('order'), 9)}"
     return _Fact("Breaker", Text(words + (f": {reason}" if breaker.get("reason") else "")), 0)
@@ -413,15 +416,15 @@ def _incident(title: str, incident: IncidentDict) -> list[Text]:
     onset = incident.get("onset_step")
     since = "" if onset is None else f" since step {_cut(onset, 12)}"
     head = _line(
-        f"{title} {_cut(incident.get('id'), 9)}: {_cut(incident.get('cause'), 24)}{since}, "
+        f"{title} {_cut(incident.get('id'), 9)}: {_cut(_said(incident.get('cause')), 24)}{since}, "
         f"{_span(incident.get('opened_s'))} ago, {_cut(incident.get('stage'), 14)}",
         "bold",
     )
     actions = incident.get("actions") or []
     lines = [head]
     if known := incident.get("known_to"):
-        lines.append(_line(f"in hand: {known}", "cyan"))
-    return [*lines, *(_line(f"- {action}", "") for action in actions[-ACTIONS_MAX:])]
+        lines.append(_line(f"in hand: {_said(known)}", "cyan"))
+    return [*lines, *(_line(f"- {_said(action)}", "") for action in actions[-ACTIONS_MAX:])]
 
 
 def _advice(status: StatusDict) -> str:
@@ -447,6 +450,11 @@ def _do(status: StatusDict) -> str:
 
 def _line(text: str, style: str) -> Text:
     return Text(_cut(text, WIDTH), style=style, no_wrap=True, overflow="ellipsis")
+
+
+def _said(text: Any) -> str | None:
+    """A note's words without what is for the journal: reason codes, a user's number and a process's."""
+    return None if text is None else _NUMBERS.sub("", in_words(str(text)))
 
 
 def _cut(value: Any, width: int) -> str:

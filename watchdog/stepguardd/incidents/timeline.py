@@ -5,7 +5,6 @@ Pure: each recorded event with the state before and after it gives the moments t
 Repetitions are told once, with their number.
 """
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -52,14 +51,13 @@ from ..core.events import (
     TreeSampled,
     TreeSeen,
 )
-from ..core.reasons import Reason
 from ..core.signs import Sign
 from ..core.state import GateOrder, Server, ServerState, State
 from ..core.surroundings import CRASH_SIGNS, TROUBLE_SIGNS
 from ..journal import Recorded
 from ..redaction import redacted
 from .passage import Act, Passage
-from .words import plain, times
+from .words import in_words, plain, times
 
 LEAD_S: Final = 30.0
 MOMENTS_MAX: Final = 250
@@ -107,9 +105,6 @@ BAD_SIGNS: Final = (
     | {Sign.CUDA_OOM, Sign.POOL_TOO_SMALL, Sign.START_FAILED, Sign.RAY_MEMORY_KILL, Sign.HOST_OOM_KILL}
 )
 _OF_CUDA: Final = {OomKind.CUDA_START, OomKind.CUDA_RUN, OomKind.CUDA_UNKNOWN, OomKind.POOL_TOO_SMALL}
-_CODE: Final = re.compile(
-    "|".join(sorted((code.value for code in Reason if "_" in code), key=len, reverse=True))
-)
 LINE_CHARS_MAX: Final = 160
 # An act's name for a person, as the thing that was done.
 ACTS: Final = {
@@ -184,7 +179,7 @@ def _told(
             continue  # the batch says so itself, and the line
         plane = Plane.PERSON if note.what == "person" else _seen_at(row.event)
         bad = note.what in {"opened", "locked_out", "call", "relapse"} or plane in {Plane.KERNEL, Plane.GPU}
-        yield plane, f"note {note.what}", _in_words(note.text), bad
+        yield plane, f"note {note.what}", in_words(note.text), bad
     if after.phase is Phase.LOCKED_OUT and before.phase is not Phase.LOCKED_OUT:
         yield Plane.STEPGUARD, "phase", "the breaker is locked out: held until a person decides", True
 
@@ -204,11 +199,6 @@ def _seen_at(event: Event) -> Plane:
             return Plane.GPU
         case _:
             return Plane.STEPGUARD
-
-
-def _in_words(text: str) -> str:
-    """A note with its reason codes as words: the codes are for the journal and for people's alert rules."""
-    return _CODE.sub(lambda code: plain(code.group()), text)
 
 
 def stuck_in_kernel(state: State, name: str) -> str:

@@ -1,10 +1,15 @@
 """The words of a report: durations, codes, and what helps once a cause is known."""
 
+import re
 from collections.abc import Mapping
 from typing import Final
 
 from ..core.diagnosis import Cause
 from ..core.reasons import Reason
+
+_CODE: Final = re.compile(
+    "|".join(sorted((code.value for code in Reason if "_" in code), key=len, reverse=True))
+)
 
 # What a reason means, where the code alone says too little.
 REASONS: Final[Mapping[Reason, str]] = {
@@ -81,6 +86,11 @@ AFTERWARDS: Final[Mapping[Cause, tuple[str, ...]]] = {
 def plain(code: str) -> str:
     """A reason code in words."""
     return code.replace("_", " ")
+
+
+def in_words(text: str) -> str:
+    """A note with its reason codes as words: the codes are for the journal and for people's alert rules."""
+    return _CODE.sub(lambda code: plain(code.group()), text)
 
 
 def seconds(value: float | None) -> str:
