@@ -210,7 +210,7 @@ class LargeRun:
         trainer = replace(self._state.trainer, step=self._step, beats_at=now - 0.2)
         known = status.of(
             replace(self._state, trainer=trainer), run="math-grpo-70b", state_dir="/var/lib/stepguard/math",
-            urls=names, now=now, started_at=self._began - 90_000, metric=None, notes=[], lost_rows=0,
+            urls=names, now=now, started_at=self._began - 90_000, stream=None, notes=[], lost_rows=0,
             journal_failure=None,
         )  # fmt: skip
         gib = 1 << 30
