@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,12 @@ import trustme
 
 from alerts.http_peer import HttpPeer, Reply, http_peer
 from alerts.mail_peer import PASSWORD, USER, mail_peer
-from stepguardd.alerts.channels.webhook import Webhook
-from stepguardd.cli import alert_test, main
+from stepguardd.alerts import setup
+from stepguardd.alerts.channels.contract import Channel, Draw
+from stepguardd.cli import main
+from stepguardd.cli.alert_test import tried
+from stepguardd.config import load_config
+from stepguardd.core.alerts.words import Message
 
 HOOK, KEY = "planted-hook-77d1", "planted-key-0c2e"
 
@@ -89,29 +94,32 @@ def test_one_that_fails_is_bad_news_and_does_not_keep_the_others(
     assert not any(one in told.out + told.err + str(found) for one in (HOOK, KEY))
 
 
-def test_one_that_hangs_is_given_up_and_says_for_how_long(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(alert_test, "TIMEOUT_S", 0.3)
+def through(channel: Channel, folder: Path) -> dict[str, Any]:
+    (found,) = asyncio.run(tried([channel], load_config(written(folder)), timeout_s=0.3))
+    return dict(found)
+
+
+def test_one_that_hangs_is_given_up_and_says_for_how_long(tmp_path: Path) -> None:
     with http_peer() as hook:
         hook.always = Reply(hangs=True)
-        assert run(written(tmp_path, webhook(tmp_path, hook))) == 1
+        config = load_config(written(tmp_path, webhook(tmp_path, hook)))
+        ((channel, _),) = setup.channels(config, setup.peers(config))
+        found = through(channel, tmp_path)
         assert hook.requests, "it was asked"
-    assert capsys.readouterr().out == "webhook: failed: no answer within 0.3 s\n"
+    assert found == {"channel": "webhook", "ok": False, "error": "no answer within 0.3 s"}
 
 
-def test_a_bug_of_a_channel_is_called_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def send(*_: object) -> None:
+class WithABug:
+    name = "webhook"
+
+    async def send(self, message: Message, root: str | None, draw: Draw) -> str | None:
         raise RuntimeError(f"with {HOOK} in it")
 
-    monkeypatch.setattr(Webhook, "send", send)
-    with http_peer() as hook:
-        assert run(written(tmp_path, webhook(tmp_path, hook))) == 1
-    told = capsys.readouterr().out
-    assert told.startswith("webhook: failed: a fault of Stepguard: RuntimeError")
-    assert HOOK not in told
+
+def test_a_bug_of_a_channel_is_called_one(tmp_path: Path) -> None:
+    error = str(through(WithABug(), tmp_path)["error"])
+    assert error.startswith("a fault of Stepguard: RuntimeError")
+    assert HOOK not in error
 
 
 def test_without_a_channel_the_sections_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
 """`stepguard alert-test`: one test message through every channel that the configuration sets."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +35,7 @@ def alert_test(
         if json:
             print_json({"channels": []})
         bad_news("no channel is set: [slack], [email], [webhook] or [apprise]; see docs/alerts.md")
-    found = asyncio.run(_try_all(channels, settings))
+    found = asyncio.run(tried(channels, settings))
     if json:
         print_json({"channels": found})
     else:
@@ -46,7 +46,10 @@ def alert_test(
         raise typer.Exit(1)
 
 
-async def _try_all(channels: list[Channel], config: Config) -> list[Mapping[str, object]]:
+async def tried(
+    channels: Sequence[Channel], config: Config, timeout_s: float = TIMEOUT_S
+) -> list[Mapping[str, object]]:
+    """What came of a test message through each channel, all at once; `error` is None where it was taken."""
     message = sample(setup.place(config), clock.wall())
 
     async def picture() -> bytes | None:
@@ -54,14 +57,14 @@ async def _try_all(channels: list[Channel], config: Config) -> list[Mapping[str,
 
     async def attempt(channel: Channel) -> Mapping[str, object]:
         try:
-            async with asyncio.timeout(TIMEOUT_S):
+            async with asyncio.timeout(timeout_s):
                 await hand_over(channel, message, None, picture)
         except ANSWERS as error:
             return {"channel": channel.name, "ok": False, "error": str(error)}
         except Unforeseen as fault:
             return {"channel": channel.name, "ok": False, "error": f"a fault of Stepguard: {fault}"}
         except TimeoutError:
-            return {"channel": channel.name, "ok": False, "error": f"no answer within {TIMEOUT_S:g} s"}
+            return {"channel": channel.name, "ok": False, "error": f"no answer within {timeout_s:g} s"}
         return {"channel": channel.name, "ok": True, "error": None}
 
     return list(await asyncio.gather(*(attempt(channel) for channel in channels)))
