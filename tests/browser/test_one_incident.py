@@ -25,6 +25,13 @@ from stepguardd.incidents.folders import MARKDOWN, PAGE, folder_of
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 # Where to leave what was looked at, for a person.
 PICTURES = os.environ.get("STEPGUARD_PICTURES")
+# A busy machine may not look while it is held: what the page said is kept by the page.
+KEEP_WHAT_IT_SAYS = """() => {
+  window.said = [];
+  const hero = document.querySelector("#hero .say");
+  new MutationObserver(() => window.said.push(hero.innerText.replaceAll("\\n", " ").replace(/^\\S+ /, "")))
+    .observe(hero, {subtree: true, childList: true, characterData: true});
+}"""
 LOOKS: list[tuple[Any, int]] = [("light", 1200), ("dark", 390)]
 
 
@@ -37,7 +44,7 @@ class Night(Arena):
         return super()._config(run_dir) + self.alerts
 
     def _server_command(self) -> list[str]:
-        return ["sh", "-c", 'sleep 2; exec "$@"', "sh", *super()._server_command()]
+        return ["sh", "-c", 'sleep 3; exec "$@"', "sh", *super()._server_command()]
 
 
 def until(what: Callable[[], object], whats_name: str) -> None:
@@ -108,14 +115,17 @@ to = ["oncall@example.org"]
             with opened(browser, link_of(night.run_dir)) as page:
                 until(lambda: (night.status()["trainer"]["committed_step"] or 0) >= 3, "steps are taken")
                 expect(page.locator("#word")).to_have_text("Going")
+                page.evaluate(KEEP_WHAT_IT_SAYS)
                 strike(Fault.KILL, night.status()["servers"][0]["pid"])
-                expect(page.locator("#word")).to_have_text("Held")
-                expect(page.locator("#why")).to_contain_text("server died: sglang")
-                expect(page.locator("#next")).to_contain_text("Nothing to do yet")
                 if PICTURES is not None:
+                    expect(page.locator("#word")).to_have_text("Held")
                     page.screenshot(path=Path(PICTURES, "live.png"))
-                expect(page.locator("#word")).to_have_text("Going")
                 expect(page.locator("#story")).to_contain_text("the run is well again")
+                expect(page.locator("#word")).to_have_text("Going")
+                said = page.evaluate("window.said")
+            held = " ".join(one for one in said if one.startswith("Held"))
+            assert "server died: sglang" in held.lower(), said
+            assert "Nothing to do yet: Stepguard is repairing it" in held
             folder = folder_of(night.root / "state", 1)
             until(lambda: post.mails, "the mail")
             until(lambda: slack.called("/api/files.completeUploadExternal"), "the last message in Slack")
