@@ -301,6 +301,16 @@ def test_an_open_incident_says_that_it_is_held(tmp_path: Path) -> None:
     assert any(what == "let it go on" for what, _ in report.commands)
 
 
+def test_in_mode_hold_the_first_thing_to_do_is_the_first_command(tmp_path: Path) -> None:
+    world = Recording(mode="hold")
+    world.steps(8)
+    world.kill()
+    written(tmp_path / "journal.db", world.rows)
+    report = build(Collected(run="x", incident=1, journal=str(tmp_path / "journal.db")), None)
+    assert report.steps[0].startswith("Restart s by the command below")
+    assert report.commands[1] == ("restart the server", "stepguard restart-server s")
+
+
 def test_a_lockout_says_that_a_person_has_to_decide(tmp_path: Path) -> None:
     world = Recording(settings=Settings(restart_budget=0))
     world.steps(8)

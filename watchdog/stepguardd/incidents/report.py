@@ -640,8 +640,13 @@ def _next_steps(
             steps.append("Repair the cause: mode shadow only looks on. What another mode would do is below.")
         case _ if last.mode is Mode.ACT:
             steps.append("Nothing yet: Stepguard is repairing it. Watch, and decide if it locks out.")
+        case _ if incident.server is not None:
+            steps.append(
+                f"Restart {incident.server} by the command below, which also renews its weights: this run's "
+                "mode only holds and tells."
+            )
         case _:
-            steps.append("Repair the cause, or let Stepguard do it: this run's mode only holds and tells.")
+            steps.append("Repair the cause: this run's mode only holds and tells.")
     likely = [one.cause for one in hypotheses if one.confidence >= 0.5] or [
         one.cause for one in hypotheses[:1]
     ]
@@ -695,11 +700,12 @@ def _commands(
     at = f" --run-dir {collected.run_dir}" if collected.run_dir else ""
     commands = [("how it is now", f"stepguard status{at}")]
     if stage in {"held", "locked out"}:
+        if incident.server is not None:
+            commands.append(("restart the server", f"stepguard restart-server {incident.server}{at}"))
         commands.append(("let it go on", f"stepguard resume{at} --why '…'"))
-        commands.append(("restart the server", f"stepguard restart-server{at}"))
         onset = "" if incident.onset_step is None else f" --before-step {incident.onset_step}"
         commands.append(("go back to before it", f"stepguard rollback{at}{onset}"))
-    else:
+    elif stage != "watched":
         commands.append(("hold the run", f"stepguard pause{at} --why '…'"))
     if incident.rollbacks and collected.checkpoint_dir:
         commands.append(("undo the rollback", undo_command(Path(collected.checkpoint_dir))))
