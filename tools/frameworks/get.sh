@@ -28,6 +28,9 @@ while read -r name release; do
   echo "$name $(cat ".frameworks/$name/VERSION")"
 done < <(grep -v '^#' "$tools/versions.txt")
 rm -rf .frameworks/wheel .frameworks/needs
+# An older wandb, which writes its log otherwise; what else it needs is in .venv.
+rm -rf .frameworks/older-wandb
+"$python" -m pip install --quiet --no-deps --target .frameworks/older-wandb wandb==0.29.0 sentry-sdk==2.20.0
 # What has to be there to import their base classes without a GPU; torch and ray are in .venv.
 "$python" -m pip install --quiet --no-deps --target .frameworks/needs -r "$tools/needs.txt"
 [ "$which" = checkouts ] || exit 0
