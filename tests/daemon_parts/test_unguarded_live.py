@@ -115,4 +115,7 @@ def test_a_pause_outlives_a_killed_daemon_and_ends_by_the_next(tmp_path: Path, b
             run.until(lambda: len(run.starts()) == 2 and run.serving(), "the server is restarted")
             assert http.get("/model_info").json()["weight_version"] == VERSION
             assert run.told("weights_unproven") == []
-            assert any("with the newest that was served" in text for text in run.told("server_died"))
+            run.until(
+                lambda: any("with the newest that was served" in text for text in run.told("server_died")),
+                "people are told whose weights it has",
+            )

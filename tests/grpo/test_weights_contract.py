@@ -58,6 +58,8 @@ def look(url: str) -> WeightsLook:
 def test_a_push_is_served_and_shows_its_own_weights(
     server_url: str, http: httpx.Client, served: Path, tmp_path: Path
 ) -> None:
+    write_base_model(tmp_path / "20", seed=5)
+    assert pushed(server_url, tmp_path, "20").ok, "whatever an earlier test left is replaced"
     first = look(server_url)
     assert len(first.greedy) == 8
     assert all(token.log_prob is not None for token in first.greedy)
@@ -127,7 +129,8 @@ def test_a_load_into_a_paused_server_with_requests_is_believed_by_its_version_al
             says = str((await theirs.get("/model_info")).json()["weight_version"])
             await theirs.post("/slow_down", json={"forward_sleep_time": None})
             await theirs.post("/continue_generation", json={})
-            return paused, says, await push(ours, pattern=pattern, version="24", timeout_s=30), await rollout
+            answer = await rollout
+            return paused, says, await push(ours, pattern=pattern, version="24", timeout_s=30), answer
 
     paused, says, later, rollout = asyncio.run(go())
     assert paused.ok is (says == "24")

@@ -164,6 +164,7 @@ class Arena:
         self._supervisor: Supervisor | None = None
         self._server_pid: int | None = None
         self._relapsed = False
+        self._on_probation_at: int | None = None
         self._shortage: Shortage | None = None
         self._committed, self._committed_at = 0, 0.0
         self._stood_still = False
@@ -457,11 +458,19 @@ class Arena:
             progress.events.append("the server was told to continue")
 
     def _maybe_strike_again(self, progress: Progress) -> None:
-        """A relapse: the same once more, as soon as the run goes on on probation."""
+        """
+        A relapse: the same once more, after a good step on probation.
+
+        Before one, the same prompts would be in flight at both deaths: that starts a hunt for poison.
+        """
         if self._scenario.fault is not Fault.RELAPSE or self._relapsed or self._server_pid is None:
             return
         phase = (progress.status.get("breaker") or {}).get("phase")
-        if progress.struck_at is not None and phase == "half_open":
+        if progress.struck_at is None or phase != "half_open" or not progress.records:
+            return
+        step = progress.records[-1].step
+        self._on_probation_at = step if self._on_probation_at is None else self._on_probation_at
+        if step > self._on_probation_at:
             self._relapsed = True
             strike(Fault.RELAPSE, self._server_pid)
             progress.events.append("fault: SIGKILL again, on probation")
@@ -528,7 +537,13 @@ def _program(kind: ServerKind) -> ServerProgram:
 
 
 def _end(child: subprocess.Popen[bytes], root: Proc) -> None:
-    """TERM, a while, KILL; then what it leaves: W&B's own process ends a second or two after its trainer."""
+    """
+    TERM, a while, KILL; then what it leaves: W&B's own process ends a second or two after its trainer.
+
+    That process may be in a session of its own, with no tie to the trainer once the trainer is dead, so who
+    belongs to the child is looked up while it lives.
+    """
+    known = proc.tree(child.pid)
     if child.poll() is None:
         child.send_signal(signal.SIGTERM)
         try:
@@ -536,7 +551,7 @@ def _end(child: subprocess.Popen[bytes], root: Proc) -> None:
         except subprocess.TimeoutExpired:
             child.kill()
     child.wait(END_TIMEOUT_S)
-    end_trees([root])
+    end_trees([root, *known])
 
 
 def _kill(pidfd: int) -> None:
