@@ -74,3 +74,26 @@ def test_a_page_is_short_and_its_lines_to_add_exist(page: Path) -> None:
         assert re.search(rf"^(class|def) {name}\b", source, re.MULTILINE), f"{page.name}: {module}.{name}"
     for link in re.findall(r"\]\(([\w./-]+\.md)\)", text):
         assert (page.parent / link).is_file(), link
+
+
+def test_the_table_of_the_readme_says_in_short_what_the_longer_one_says() -> None:
+    short, long = table(ROOT / "README.md"), table(ROOT / "docs/frameworks/README.md")
+    assert short[0][:-1] == long[0][:-1], "the same columns, but for how it was tested"
+    assert [row[0] for row in short] == [re.sub(r"\[(.+)\]\(.+\)", r"\1", row[0]) for row in long]
+    for one, other in zip(short[1:], long[1:], strict=True):
+        assert one[1] == other[1].split(",")[0], f"{one[0]}: the version"
+        assert one[2:-1] == [in_short(cell) for cell in other[2:-1]], one[0]
+        assert one[-1], one[0]
+
+
+def table(page: Path) -> list[list[str]]:
+    """The page's table of frameworks: its head, then a row for each."""
+    lines = [line for line in page.read_text().splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [row for row in rows if len(row) == 8 and set(row[0]) != {"-"}]
+
+
+def in_short(cell: str) -> str:
+    """What begins with "no" or "not tried" is that; all else is a yes with its conditions."""
+    found = re.match(r"not tried|no\b", cell)
+    return found[0] if found else "yes"
