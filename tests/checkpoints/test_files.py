@@ -186,6 +186,17 @@ def test_a_damaged_file_never_gives_anything_but_a_verdict(
         return
 
 
+def test_entries_before_the_files_first_byte_are_refused(tmp_path: Path) -> None:
+    """A zip whose end says that its directory is further on than it is."""
+    torch_file(tmp_path / "w.pt", 1)
+    content = bytearray((tmp_path / "w.pt").read_bytes())
+    # The third byte of the directory's offset, in the zip64 record before its locator and the old record.
+    content[-22 - 20 - 8 + 2] += 1
+    (tmp_path / "w.pt").write_bytes(content)
+    with pytest.raises(BadFileError, match="no header for"):
+        files.check_torch(tmp_path / "w.pt", FULL)
+
+
 def _whole_files(home: Path) -> dict[str, bytes]:
     if not home.is_dir():
         safetensors_file(home / "w.safetensors", 1)

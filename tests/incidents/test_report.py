@@ -352,7 +352,8 @@ def test_a_writer_waits_for_the_row_that_ends_the_incident(state_dir: Path) -> N
 def test_the_kernels_kill_in_the_run_is_evidence_and_a_strangers_is_none(tmp_path: Path) -> None:
     world = Recording()
     world.steps(12)
-    world.feed(OomSeen(kind=OomKind.KERNEL_CGROUP, role=Role.UNKNOWN, name="a-stranger", cgroup="/theirs"))
+    for role in (Role.UNKNOWN, Role.OTHER):
+        world.feed(OomSeen(kind=OomKind.KERNEL_CGROUP, role=role, name="a-stranger", cgroup="/theirs"))
     world.feed(OomSeen(kind=OomKind.CGROUP_COUNTER, role=Role.TRAINER, cgroup="/ours"))
     world.kill()
     world.run(30)

@@ -343,8 +343,11 @@ def _entry_start(part: _Slice, entry: zipfile.ZipInfo) -> int:
     """Where an entry's bytes begin, behind its local header."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
         raise BadFileError(f"holds the compressed entry {entry.filename}: torch.save stores them plain")
-    part.seek(entry.header_offset)
-    header = part.read(30)
+    # A damaged directory of the zip can place entries before the file's first byte.
+    header = b""
+    if entry.header_offset >= 0:
+        part.seek(entry.header_offset)
+        header = part.read(30)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
         raise BadFileError(f"has no header for {entry.filename}")
     name_bytes, extra_bytes = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")

@@ -9,6 +9,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -116,5 +117,7 @@ def end_trees(roots: Iterable[Proc]) -> None:
         tree = proc.trees({root.pid for root in known if proc.unmistaken(root)})
         if not tree:
             return
-        asyncio.run(end(tree, grace_s=grace_s, timeout_s=_END_TIMEOUT_S))
+        # In a thread of its own: the caller may have a loop that runs.
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(asyncio.run, end(tree, grace_s=grace_s, timeout_s=_END_TIMEOUT_S)).result()
         grace_s = 0.0

@@ -25,6 +25,7 @@ from ..core.events import (
 )
 from ..core.reasons import Reason
 from ..core.state import ServerState, State
+from ..core.surroundings import strangers
 from ..history import History
 from ..journal import Recorded
 from .passage import Passage
@@ -108,7 +109,7 @@ def _facts(row: Recorded, before: State, after: State, passage: Passage) -> Iter
             yield from _batch(event, tripped=after.trip is not None)
         case StepCommitted():
             yield from _step(event)
-        case OomSeen() if event.kind in _KERNEL and event.role is not Role.UNKNOWN:
+        case OomSeen() if event.kind in _KERNEL and event.role is not Role.UNKNOWN and not strangers(event):
             whose = event.server or f"the {event.role.value}"
             where = "" if event.cgroup is None else f" in cgroup {event.cgroup}"
             yield Fact.HOST_OOM, whose, f"the kernel killed for memory{where}, where {whose} runs"
