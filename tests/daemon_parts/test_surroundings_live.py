@@ -38,7 +38,10 @@ from stepguardd.sources.cgroups import names_are_the_kernels
 from stepguardd.sources.gpu import GpuSense
 from stepguardd.sources.kmsg import KernelLog, KernelLogError, KernelMessage, open_kernel_log
 from stepguardd.sources.nvml import Gpu, GpuError, GpuLook, GpuProcess, Xid
-from stepguardd.surroundings import ABSENT_MAX_S, FollowedLog, GpuTroubles, Owners, Surroundings
+from stepguardd.surroundings import Surroundings
+from stepguardd.surroundings.followed import ABSENT_MAX_S, FollowedLog
+from stepguardd.surroundings.gpus import GpuTroubles
+from stepguardd.surroundings.owners import Owners
 
 pytestmark = pytest.mark.e2e
 

@@ -25,7 +25,8 @@ from stepguardd.sources.reward.jsonl import JsonLines
 from stepguardd.sources.sglang import Reply, open_requests, read_metrics, snapshot_time, weight_version
 from stepguardd.sources.signatures import SIGNATURES
 from stepguardd.sources.stream import RewardStream
-from stepguardd.surroundings import GpuTroubles, Owners
+from stepguardd.surroundings.gpus import GpuTroubles
+from stepguardd.surroundings.owners import Owners
 
 SOURCES = Path(stepguardd.sources.__file__).parent
 TESTS = Path(__file__).parents[1]
