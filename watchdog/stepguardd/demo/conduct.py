@@ -41,6 +41,7 @@ from .faults import (
     load_weights,
     pause_generation,
     strike,
+    strike_rollouts,
 )
 from .outcome import STOOD_STILL, Figures, figures
 from .servers import ServerKind, ServerMissingError, ServerProgram, server_program
@@ -433,6 +434,10 @@ class Arena:
             progress.struck_at = load_weights(self.url, self.run_root / "base", "base")
             if progress.struck_at is None:
                 return  # between two rollouts: another look finds some
+        elif fault is Fault.ZEROS:
+            progress.struck_at = strike_rollouts(fault, pid, self.url)
+            if progress.struck_at is None:
+                return
         elif fault is Fault.ACTOR:
             progress.struck_at = self._stop_grader(pid)
         else:

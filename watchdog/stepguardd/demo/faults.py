@@ -296,6 +296,36 @@ def pause_generation(url: str, mode: str) -> float:
     return at
 
 
+def strike_rollouts(fault: Fault, pid: int, url: str) -> float | None:
+    """
+    Do it to a server in which rollouts are under way: between two of them nobody would score a failure.
+
+    Args:
+        fault: one that kills the scheduler.
+        pid: the server's parent process, one of the demo's own.
+        url: the server.
+
+    Returns:
+        The moment, in monotonic seconds; None where no rollout was under way, and nothing was done.
+
+    Raises:
+        ProcessLookupError: there is no such process to strike.
+        httpx.HTTPError: the server does not say what it does.
+
+    """
+    if not _requests_are_open(url):
+        return None
+    schedulers = [known.pid for known in proc.tree(pid) if known.role == "scheduler"]
+    # What waits for a scheduler that stands still waits until its end.
+    for scheduler in schedulers:
+        os.kill(scheduler, signal.SIGSTOP)
+    if _requests_are_open(url):
+        return strike(fault, pid)
+    for scheduler in schedulers:
+        os.kill(scheduler, signal.SIGCONT)
+    return None
+
+
 def load_weights(url: str, model: Path, version: str) -> float | None:
     """
     Load other weights into a server, as a script does that pauses, loads and continues.
@@ -333,6 +363,12 @@ def _rollouts_wait(url: str) -> bool:
     with httpx.Client(base_url=url, timeout=_CALL_TIMEOUT_S, trust_env=False) as http:
         # Answered by the scheduler, after the pause: what had ended before has left by then.
         http.get("/server_info").raise_for_status()
+    return _requests_are_open(url)
+
+
+def _requests_are_open(url: str) -> bool:
+    """By the parent's count, which it gives also while its scheduler stands still."""
+    with httpx.Client(base_url=url, timeout=_CALL_TIMEOUT_S, trust_env=False) as http:
         return bool(open_requests(http.get("/metrics").raise_for_status().content))
 
 
