@@ -19,12 +19,11 @@ from daemon_parts.own_daemons import OwnDaemons
 from senses.nvml_library import compiled_library, write_script
 from stepguard import Guard
 from stepguardd import proc
+from stepguardd.surroundings.host import INTERVAL_S
 
 pytestmark = pytest.mark.e2e
 
 GIB = 1 << 30
-LOOKS_S = 5.0
-"""The machine is looked at this often at the least."""
 PRESSURE = (
     "some avg10={some:.2f} avg60=4.00 avg300=1.00 total=9\n"
     "full avg10={full:.2f} avg60=0.10 avg300=0.00 total=3\n"
@@ -257,7 +256,7 @@ def test_a_gpu_that_fills_up_and_a_leftover_that_holds_its_memory_are_told(
         first = Guard(run.run_dir, heartbeat_s=0.2)
         run.until(lambda: run.status()["trainer"]["pid"] == os.getpid(), "the first trainer is known")
         known_at = run.status()["uptime_s"]
-        run.until(lambda: run.status()["uptime_s"] > known_at + LOOKS_S, "what it owns was looked at")
+        run.until(lambda: run.status()["uptime_s"] > known_at + 10 * INTERVAL_S, "what it owns was looked at")
         first.close()
         mine = {"gpu1_processes": 2, "gpu1_pid0": os.getpid(), "gpu1_pid0_used": GIB, "gpu1_pid1": 1}
         write_script(run.gpus, count=2, gpu0_used=used, gpu1_used=GIB, **mine)

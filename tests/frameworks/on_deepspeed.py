@@ -118,11 +118,9 @@ def refused(folder: Path) -> dict[str, Any]:
 def held(folder: Path) -> dict[str, Any]:
     """HOLD for 30 s while step 4 is generated; and whether weights moved before the trainer's own hook."""
     seen: dict[str, Any] = {}
-    calls: list[float] = []
 
     def reward(prompts: list[str], completions: list[str], **more: Any) -> list[float]:
-        calls.append(0.0)
-        if len(calls) == 4:
+        if run.trainer.state.global_step == 3:
             seen["held"] = run.state()
             run.daemon.order(Order.HOLD, "server_dead")
             run.time.after(30, release)

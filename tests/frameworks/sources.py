@@ -1,5 +1,5 @@
 """
-The frameworks' own source text, parsed and not run.
+The frameworks' own source text, parsed; or run, in a Python of its own.
 
 Each framework needs GPUs or a hundred packages to be imported. `tools/frameworks/get.sh` puts releases of
 them (from PyPI), or a checkout where there is no release, into `.frameworks/`; what is missing there is
@@ -9,13 +9,19 @@ skipped with its reason, or fails where STEPGUARD_REQUIRE names it.
 from __future__ import annotations
 
 import ast
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from requirements import require
 
-HOME = Path(__file__).parents[2] / ".frameworks"
+ROOT = Path(__file__).parents[2]
+HOME = ROOT / ".frameworks"
 
 
 class Source:
@@ -53,12 +59,33 @@ class Source:
 
 def source(framework: str, path: str) -> Source:
     """A file of a framework, or a skip."""
+    _required(framework)
+    assert (HOME / framework / path).is_file(), f"{framework} {version(framework)} has no {path}"
+    return Source(framework, path)
+
+
+def run_with(framework: str, *arguments: str, timeout_s: float, **environment: str) -> Any:
+    """What a Python with the framework importable beside ours prints last, as JSON; or a skip."""
+    _required(framework)
+    ours = [ROOT / part for part in ("trainer", "watchdog", "tests")]
+    path = os.pathsep.join(map(str, [*ours, HOME / framework, HOME / "needs"]))
+    ended = subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def _required(framework: str) -> None:
     if not (HOME / framework).is_dir():
         require(
             f"frameworks-{framework}", f"no source of {framework} in .frameworks: tools/frameworks/get.sh"
         )
-    assert (HOME / framework / path).is_file(), f"{framework} {version(framework)} has no {path}"
-    return Source(framework, path)
 
 
 @cache

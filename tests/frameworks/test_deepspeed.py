@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from frameworks.sources import HOME, source
+from frameworks.sources import run_with
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
@@ -21,23 +17,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What three runs came to: one with two refused batches, one held, one rolled back."""
-    source("deepspeed", "deepspeed/__init__.py")
-    folder = tmp_path_factory.mktemp("deepspeed")
-    paths = [*(ROOT / part for part in ("trainer", "watchdog", "tests")), HOME / "deepspeed", HOME / "needs"]
-    ended = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("on_deepspeed.py")), str(folder)],
-        env=os.environ
-        | {
-            "PYTHONPATH": os.pathsep.join(map(str, paths)),
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    result: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    program = Path(__file__).with_name("on_deepspeed.py")
+    folder = tmp_path_factory.mktemp("run")
+    result: dict[str, Any] = run_with("deepspeed", str(program), str(folder), timeout_s=200)
     return result
 
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from frameworks.sources import HOME, source
+from frameworks.sources import run_with, source
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.e2e
@@ -20,22 +16,15 @@ pytestmark = pytest.mark.e2e
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What three steps came to: a good batch, a refused one, and a good one after a hold."""
-    source("verl", "verl/__init__.py")
-    paths = [*(ROOT / part for part in ("trainer", "watchdog", "tests")), HOME / "verl", HOME / "needs"]
-    ended = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("on_verl.py")), str(tmp_path_factory.mktemp("run"))],
-        env=os.environ
-        | {
-            "PYTHONPATH": os.pathsep.join(map(str, paths)),
-            "VERL_USE_EXTERNAL_MODULES": "stepguard.integrations.verl",
-        },
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
+    program = Path(__file__).with_name("on_verl.py")
+    folder = tmp_path_factory.mktemp("run")
+    result: dict[str, Any] = run_with(
+        "verl",
+        str(program),
+        str(folder),
+        timeout_s=150,
+        VERL_USE_EXTERNAL_MODULES="stepguard.integrations.verl",
     )
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    result: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
     return result
 
 

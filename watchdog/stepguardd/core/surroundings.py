@@ -122,7 +122,7 @@ def _out_of_memory(turn: Turn, event: OomSeen) -> None:
     around = turn.state.surroundings
     ooms, news = _kept(around.ooms, event, turn.now, _join_ooms)
     turn.state = replace(turn.state, surroundings=replace(around, ooms=ooms))
-    if news and not strangers(event):
+    if news and not of_a_stranger(event):
         whose = event.server or event.name or _WHOSE[event.role]
         if event.kind is OomKind.CGROUP_COUNTER and event.role is not Role.UNKNOWN:
             whose = f"a process of {whose}"  # which one the counter does not say
@@ -132,7 +132,7 @@ def _out_of_memory(turn: Turn, event: OomSeen) -> None:
         turn.note("warning", _OOM_REASONS[event.kind], f"{_OOM_WORDS[event.kind]} {whose}{pid}{held}{where}")
 
 
-def strangers(event: OomSeen) -> bool:
+def of_a_stranger(event: OomSeen) -> bool:
     """Whether somebody else met a limit of their own: nothing that this run would feel."""
     return event.kind is OomKind.KERNEL_CGROUP and event.role is Role.OTHER
 

@@ -432,16 +432,14 @@ class Arena:
             self._continue_at = progress.struck_at + PAUSE_S
         elif fault is Fault.WEIGHTS:
             progress.struck_at = load_weights(self.url, self.run_root / "base", "base")
-            if progress.struck_at is None:
-                return  # between two rollouts: another look finds some
         elif fault is Fault.ZEROS:
             progress.struck_at = strike_rollouts(fault, pid, self.url)
-            if progress.struck_at is None:
-                return
         elif fault is Fault.ACTOR:
             progress.struck_at = self._stop_grader(pid)
         else:
             progress.struck_at = strike(fault, pid)
+        if progress.struck_at is None:
+            return  # between two rollouts: another look finds some
         progress.fault_step = step
         progress.events.append(f"fault: {self._scenario.story}, after step {step}")
         if self._shortage is not None:
@@ -548,7 +546,7 @@ def _end(child: subprocess.Popen[bytes], root: Proc) -> None:
     That process may be in a session of its own, with no tie to the trainer once the trainer is dead, so who
     belongs to the child is looked up while it lives.
     """
-    known = proc.tree(child.pid)
+    known = proc.tree(child.pid) if proc.alive(root) else ()
     if child.poll() is None:
         child.send_signal(signal.SIGTERM)
         try:

@@ -319,11 +319,15 @@ def strike_rollouts(fault: Fault, pid: int, url: str) -> float | None:
     # What waits for a scheduler that stands still waits until its end.
     for scheduler in schedulers:
         os.kill(scheduler, signal.SIGSTOP)
-    if _requests_are_open(url):
-        return strike(fault, pid)
-    for scheduler in schedulers:
-        os.kill(scheduler, signal.SIGCONT)
-    return None
+    at = None
+    try:
+        if _requests_are_open(url):
+            at = strike(fault, pid)
+    finally:
+        if at is None:
+            for scheduler in schedulers:
+                os.kill(scheduler, signal.SIGCONT)
+    return at
 
 
 def load_weights(url: str, model: Path, version: str) -> float | None:

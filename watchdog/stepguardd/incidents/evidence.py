@@ -25,7 +25,7 @@ from ..core.events import (
 )
 from ..core.reasons import Reason
 from ..core.state import ServerState, State
-from ..core.surroundings import strangers
+from ..core.surroundings import of_a_stranger
 from ..history import History
 from ..journal import Recorded
 from .passage import Passage
@@ -109,7 +109,7 @@ def _facts(row: Recorded, before: State, after: State, passage: Passage) -> Iter
             yield from _batch(event, tripped=after.trip is not None)
         case StepCommitted():
             yield from _step(event)
-        case OomSeen() if event.kind in _KERNEL and event.role is not Role.UNKNOWN and not strangers(event):
+        case OomSeen() if event.kind in _KERNEL and _felt_here(event):
             whose = event.server or f"the {event.role.value}"
             where = "" if event.cgroup is None else f" in cgroup {event.cgroup}"
             yield Fact.HOST_OOM, whose, f"the kernel killed for memory{where}, where {whose} runs"
@@ -118,6 +118,11 @@ def _facts(row: Recorded, before: State, after: State, passage: Passage) -> Iter
         case _:
             pass
     yield from _server_reasons(before, after)
+
+
+def _felt_here(event: OomSeen) -> bool:
+    """A kill whose victim is known, and is not somebody else's at a limit of their own."""
+    return event.role is not Role.UNKNOWN and not of_a_stranger(event)
 
 
 def _server_reasons(before: State, after: State) -> Iterator[tuple[Fact, str, str]]:

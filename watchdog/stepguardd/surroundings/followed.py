@@ -8,8 +8,8 @@ from typing import Final
 
 from ..control.contract import LogDict
 from ..sources.logs import LogError, LogFollower, LogMatch
+from .host import INTERVAL_S
 
-INTERVAL_S: Final = 0.5
 ABSENT_MAX_S: Final = 4.0
 POSITION_KEPT_EACH_BYTES: Final = 4 * 1024 * 1024
 """So far into a log that says nothing its position is kept anew: a restart reads no more than that again."""

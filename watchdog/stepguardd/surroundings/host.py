@@ -7,6 +7,9 @@ from typing import Final
 from ..control.contract import HostDict
 from ..sources.kmsg import JOURNALD, KMSG, KernelLog, open_kernel_log
 
+INTERVAL_S: Final = 0.5
+"""Logs, the kernel's kills, and whose process is whose are looked at this often."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostFiles:

@@ -19,9 +19,9 @@ from ..sources.gpu import GpuSense
 from ..sources.kmsg import KernelLog
 from ..sources.nvml import Gpu
 from ..sources.oom import oom_in_log
-from .followed import INTERVAL_S, FollowedLog, Piece, read_all
+from .followed import FollowedLog, Piece, read_all
 from .gpus import GpuTroubles
-from .host import THIS_HOST, HostFiles, memory_now
+from .host import INTERVAL_S, THIS_HOST, HostFiles, memory_now
 from .kills import Kills
 from .owners import Owners
 
