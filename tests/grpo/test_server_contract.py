@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from stepguard_grpo.model import write_base_model
+from stepguardd.sources.sglang import read_metrics
 
 pytestmark = pytest.mark.e2e
 
@@ -55,6 +56,11 @@ def running_requests(http: httpx.Client) -> int:
     name = 'sglang:http_requests_active{endpoint="/generate",method="POST"}'
     lines = http.get("/metrics").text.splitlines()
     return sum(int(float(line.rsplit(" ", 1)[1])) for line in lines if line.startswith(name))
+
+
+def tokens(http: httpx.Client) -> int:
+    """Tokens so far, those of the prompts among them; the scheduler's own count."""
+    return read_metrics(http.get("/metrics").content)[1] or 0
 
 
 # Health and information
@@ -252,8 +258,10 @@ def test_while_paused_new_requests_wait_and_the_flags_say_so(
 def test_what_ran_when_paused_ends_as_the_mode_says(
     http: httpx.Client, pool: ThreadPoolExecutor, mode: str, end: str
 ) -> None:
-    call = pool.submit(generate, http, sampling_params=GREEDY | {"max_new_tokens": 8})
-    until(lambda: running_requests(http) > 0, "the request to run")
+    before = tokens(http)
+    call = pool.submit(generate, http, sampling_params=GREEDY | {"max_new_tokens": 20})
+    # The parent counts a request before its scheduler has it, and one that comes later finds the pause.
+    until(lambda: tokens(http) > before, "the request to be in the scheduler")
     http.post("/pause_generation", json={"mode": mode})
     if mode == "abort":
         assert call.result(timeout=10).json()["meta_info"]["finish_reason"]["type"] == end

@@ -195,7 +195,7 @@ def test_a_driver_that_fails_as_a_whole_is_unknown_with_one_line_and_is_tried_ag
     assert _in_time(fake, 2, lambda reading: reading["cause"] is None)
     fake.says(count=1, nvmlDeviceGetMemoryInfo_error=999)
     assert _in_time(fake, 100, lambda reading: reading["cause"] == "NVML: Unknown Error")
-    # It is opened anew, and a look that was under way cannot have opened it for good before it says otherwise.
+    # It is opened anew; no look that was under way can have opened it for good before.
     fake.says(count=1, nvmlDeviceGetMemoryInfo_error=999, nvmlInitWithFlags_error=9)
     assert _in_time(fake, 200, lambda reading: reading["cause"] == "GPUs are not watched: Driver Not Loaded")
     fake.says(count=3)
